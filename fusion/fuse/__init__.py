@@ -1,0 +1,1 @@
+"""Rules that make one target of several teachers: one file per word, one function per file."""

@@ -1,0 +1,27 @@
+"""MinCE of FuseLLM: the teacher that predicts the text best (Wan et al. 2024, arXiv:2401.10491)."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fusion.fuse._x import common_kind, pick_rows, scores, taking_part
+from fusion.losses._rows import Rows
+
+TARGETS = ("sampled", "truncated", "whole")
+
+
+def min_ce(
+    rows: Sequence[Rows],  # M teachers at N positions
+    nats_per_byte: Tensor,  # (M, N) of the window each position lies in, nan where the teacher has none
+    nats_per_token: Tensor,  # (M, N)
+    *,
+    unit: str = "byte",
+) -> Rows:
+    """At each position the row of the teacher with the least cross-entropy of those that have a target there.
+
+    `unit: token` is the paper's rule, which favours finer tokenizers; ties go to the teacher listed first.
+    """
+    kind = common_kind("min_ce", rows, TARGETS)
+    score = scores("min_ce", rows, nats_per_byte, nats_per_token, unit)
+    candidate = taking_part(rows) & (score == score.amin(0))
+    return pick_rows(rows, candidate.long().argmax(0), kind)
