@@ -1,0 +1,171 @@
+"""Rough disk, memory and time of a plan's steps, from headers, configurations and file sizes: estimates."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion import _keys, data, sources
+from fusion._say import size
+from fusion.plan import Plan, Planned
+from fusion.recipe import DataRef, ModelRef, Recipe
+
+BYTES_PER_TOKEN = 4.0  # of text, for tokenizers of some ten thousand entries
+CORE = 4e10  # floating-point operations a second of one CPU core in training; SmolLM2-135M on two cores agrees
+ACCELERATOR = 6e13  # of one data-centre accelerator in bfloat16 at an ordinary share of its peak
+BASE = 6e8  # bytes of memory of a process with the libraries loaded
+TRAINING = 16  # bytes a parameter in float32: weights, gradients, two moments
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a step needs: bytes of disk that stay, and that are free again after it, bytes of memory, seconds.
+
+    None where nothing is known.
+    """
+
+    disk: float | None
+    meanwhile: float
+    memory: float | None
+    seconds: float | None
+
+
+def estimate(plan: Plan) -> list[Need]:
+    """One need for each step, in order."""
+    return [_need(planned, plan) for planned in plan.steps]
+
+
+def refuse_full_disk(plan: Plan, steps: list[Planned]) -> None:
+    """ValueError when the steps that are left would not fit where they are to be written."""
+    needs = [_need(planned, plan) for planned in steps]
+    needed = sum(need.disk or 0 for need in needs) + max((need.meanwhile for need in needs), default=0)
+    folder = next(parent for parent in [plan.folder.absolute(), *plan.folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"{plan.recipe.path}: {len(steps)} steps will write about {size(needed)}, but {folder} has {size(free)} "
+            "free; make room or give another --out"
+        )
+
+
+def machine() -> str:
+    """What the times are estimated for."""
+    return "one accelerator" if _accelerated() else f"{os.cpu_count()} CPU cores"
+
+
+def parameters(plan: Plan, name: str) -> float | None:
+    """About how many numbers a model holds; outputs are as large as the model they started from."""
+    by_name = {planned.name: planned for planned in plan.steps}
+    while name in by_name:
+        fields = by_name[name].fields
+        name = next((str(fields[key]) for key in ("model", "target", "base", "donor") if key in fields), "")
+    ref = plan.recipe.models.get(name)
+    return _of_ref(plan.recipe, ref) if ref is not None else None
+
+
+def _of_ref(recipe: Recipe, ref: ModelRef) -> float | None:
+    if ref.config is not None:
+        return _of_config(ref.config, (ref.tokenizer or {}).get("vocab_size", 260))
+    if ref.hub is not None:
+        snapshot = _keys.hub_folder("models", ref.hub) / "snapshots" / str(ref.revision or _keys.hub_revision(ref))
+        return sources.header(snapshot).parameters if snapshot.is_dir() else None
+    if isinstance(ref.path, str) and not ref.path.startswith("package:") and not ref.path.endswith(".gguf"):
+        return sources.header(_keys.model_directory(recipe, ref.name)).parameters
+    from fusion import _gguf
+
+    packed = sum(file.stat().st_size for file in _gguf.locate(ref.name, ref.path or "", recipe.base))
+    return packed / 0.7  # 4 to 8 bits a parameter
+
+
+def _of_config(config: dict[str, Any], vocabulary: int) -> float:
+    """A decoder's matrices: four of attention, two or three of the feed-forward layer, embeddings."""
+    width = _first(config, ("hidden_size", "n_embd", "d_model"), 768)
+    layers = _first(config, ("num_hidden_layers", "n_layer", "num_layers"), 12)
+    inner = _first(config, ("intermediate_size", "n_inner", "ffn_dim"), 4 * width)
+    heads = _first(config, ("vocab_size",), vocabulary) * width * (1 if config.get("tie_word_embeddings", True) else 2)
+    return layers * (4 * width * width + (2 if "n_embd" in config else 3) * width * inner) + heads
+
+
+def _first(config: dict[str, Any], names: tuple[str, ...], otherwise: float) -> float:
+    return next((float(config[name]) for name in names if config.get(name)), float(otherwise))
+
+
+def text_bytes(recipe: Recipe, name: str) -> float | None:
+    """About how many bytes of text a data entry holds after its split; None for what is not on this machine."""
+    ref = recipe.data[name]
+    if ref.mix:
+        parts = [text_bytes(recipe, part) for part in ref.mix]
+        return None if None in parts else sum(part or 0 for part in parts)
+    if ref.path is None:
+        return None
+    files = data.files(ref, recipe.base)
+    total = sum(file.stat().st_size for file in files)
+    count = max(1, round(total / _document_bytes(ref, files[0])))
+    return total * len(range(count)[data.parse_split(ref.split, count, ref.place)]) / count
+
+
+def _document_bytes(ref: DataRef, file: Path) -> float:
+    """About how many bytes of a file make one document: a piece of a text, a line of the first lines of a table."""
+    if ref.format == "text":
+        return 0.75 * (ref.max_bytes or data.MAX_BYTES)
+    with open(file, "rb") as stream:
+        start = stream.read(1 << 16)
+    return max(1.0, len(start) / max(1, start.count(b"\n")))
+
+
+def _need(planned: Planned, plan: Plan) -> Need:
+    sizes = [parameters(plan, name) for name in (*planned.models, *planned.inputs)]
+    largest = max((one for one in sizes if one is not None), default=None)
+    texts = [text_bytes(plan.recipe, name) for name in planned.data]
+    text = sum(one for one in texts if one is not None) if texts and None not in texts else None
+    tokens = None if text is None else text / BYTES_PER_TOKEN
+    if planned.output == "model" and "train" in planned.word.names:
+        tokens = _trained_tokens(planned, tokens)
+        saves = (planned.fields.get("train") or {}).get("save_strategy") != "no"
+        memory = _plus(_times(largest, TRAINING), BASE)
+        return Need(_times(largest, 4), 12 * (largest or 0) * saves, memory, _seconds(6, largest, tokens))
+    if planned.output == "model":
+        return Need(_times(largest, 4), 0, _plus(_times(largest, 4), BASE), None)
+    everyone = sum(one for one in sizes if one is not None) if sizes and None not in sizes else None
+    seconds = _seconds(2, everyone, tokens)
+    if planned.output == "targets":
+        return Need(_times(tokens, _entry_bytes(planned.fields)), 0, _plus(_times(largest, 4), BASE), seconds)
+    return Need(1e6, 0, _plus(_times(largest, 4), BASE), seconds)
+
+
+def _entry_bytes(fields: dict[str, Any]) -> float:
+    """Bytes a token of a store: what its rule keeps, packed."""
+    kept = fields.get("top_k") or (fields.get("cap", 64) / 2 if fields.get("nucleus") else 0)
+    return 6 + (3.0 * kept if kept else 1.2 * fields.get("draws", 16))
+
+
+def _trained_tokens(planned: Planned, tokens: float | None) -> float | None:
+    train = planned.fields.get("train") or {}
+    defaults = {parameter.name: parameter.default for parameter in planned.word.parameters}
+    length = planned.fields.get("max_length", defaults.get("max_length")) or 512
+    steps = train.get("max_steps", -1)
+    if isinstance(steps, int) and steps > 0:
+        batch = train.get("per_device_train_batch_size", 8) * train.get("gradient_accumulation_steps", 1)
+        return float(steps * batch * length)
+    return _times(tokens, float(train.get("num_train_epochs", 3)))
+
+
+def _seconds(operations: float, size: float | None, tokens: float | None) -> float | None:
+    """operations: floating-point operations a parameter and token (2 forward, 6 with the backward pass)."""
+    if size is None or tokens is None:
+        return None
+    return 2 + operations * size * tokens / (ACCELERATOR if _accelerated() else CORE * (os.cpu_count() or 1))
+
+
+def _accelerated() -> bool:
+    """Whether this machine shows an accelerator's device file: asking torch would cost two seconds."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/kfd"))
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _plus(value: float | None, other: float) -> float | None:
+    return None if value is None else value + other

@@ -1,0 +1,274 @@
+"""What every training step needs around its trainer: a clean process, rows, a journal, checkpoints, the output."""
+
+import gc
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+
+from fusion._causal import check_packing
+from fusion.data import encode
+from fusion.join import Join
+from fusion.sources import load_model, load_tokenizer
+from fusion.trainers import DistillTrainer, Objective, learn_in_forward
+from fusion.windows import Collator, windows
+
+if TYPE_CHECKING:
+    from fusion.job import Job
+
+SAVED = "saved"  # the file a rank leaves in a checkpoint it has finished
+
+
+class Journal(TrainerCallback):
+    """Writes what the trainer logs to the step's log.jsonl and moves the progress bar."""
+
+    def __init__(self, log: Callable[..., None], advance: Callable[[int], None], tokens_per_step: float):
+        self.log, self.advance, self.tokens_per_step = log, advance, tokens_per_step
+        self.trainer: Trainer | None = None
+        self.clock, self.at = time.perf_counter(), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.clock, self.at = time.perf_counter(), state.global_step
+        self.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        record = dict(logs or {})
+        trainer = self.trainer
+        if isinstance(trainer, DistillTrainer) and trainer.sums is not None:
+            lm, target, labels, targets = trainer.accelerator.reduce(trainer.sums, "sum").tolist()
+            trainer.sums = None
+            record |= {"lm_loss": lm / max(labels, 1), "target_loss": target / max(targets, 1)}
+            record |= {"target_share": targets / max(labels, 1)}
+        elif "loss" in record:
+            record["lm_loss"] = record["loss"]
+        if state.global_step > self.at:
+            seconds = (time.perf_counter() - self.clock) / (state.global_step - self.at)
+            record |= {"seconds_per_step": seconds, "tokens_per_second": self.tokens_per_step / seconds}
+            self.clock, self.at = time.perf_counter(), state.global_step
+        if "loss" in record:
+            self.log(step=state.global_step, **record)
+
+
+class Saved(TrainerCallback):
+    """Marks a checkpoint as whole, one file a rank, after everything else in it is written."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / f"{SAVED}-{args.process_index}-of-{args.world_size}").write_text("")
+
+
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint all ranks have finished, as a path, or None."""
+    found = sorted(directory.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    for folder in found:
+        marks = sorted(folder.glob(f"{SAVED}-*"))
+        if marks and len(marks) == int(marks[0].name.rsplit("-", 1)[1]):
+            return str(folder)
+    return None
+
+
+def _reset() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    gc.collect()
+
+
+@contextmanager
+def fresh_state() -> Iterator[None]:
+    """Clears what accelerate and transformers keep per process, before and after.
+
+    Each training step has its own batch size, precision and DeepSpeed stage.
+    """
+    _reset()
+    try:
+        yield
+    finally:
+        _reset()
+
+
+def arguments(kind: type[TrainingArguments], directory: Path, seed: int, train: Mapping[str, Any]) -> TrainingArguments:
+    """The recipe's `train:` over the few defaults a recipe need not repeat."""
+    fields: dict[str, Any] = {
+        "output_dir": str(directory / "checkpoints"),
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 10,
+        "logging_first_step": True,
+        "save_total_limit": 2,
+        "ddp_find_unused_parameters": False,
+        "seed": seed,
+    }
+    args = kind(**(fields | dict(train)))
+    args._n_gpu = min(args.n_gpu, 1)  # more devices come by launching more processes, never by torch's DataParallel
+    return args
+
+
+def packs(directory: Path) -> str | None:
+    """None when this architecture keeps packed documents apart, else the sentence that says why not.
+
+    Tried on a freshly initialised twin of two layers, since the weights themselves may live in shards (ZeRO-3).
+    """
+    config = AutoConfig.from_pretrained(directory)
+    text = config.get_text_config()
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = min(2, text.num_hidden_layers), 64, None
+    if "layer_types" in text.to_dict() and text.layer_types:
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return check_packing(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+
+
+def learn(
+    job: "Job",
+    *,
+    model: str,
+    data: str,
+    max_length: int,
+    pack: bool,
+    train: Mapping[str, Any],
+    peft: Mapping[str, Any] | None,
+    lesson: Callable[[Any, Path], tuple[Join, Objective]] | None = None,
+) -> None:
+    """Trains a model on a data set and leaves it in the step's directory.
+
+    With `lesson(tokenizer, model directory)` batches carry its targets and the loss is its objective; without, this is
+    transformers.Trainer as it stands. Both see the same rows in the same order.
+    """
+    source = job.model(model)
+    tokenizer = load_tokenizer(source)
+    why_not = packs(source) if pack else None
+    if why_not and job.rank == 0:
+        print(why_not)
+    rows = windows(
+        job.directory / "tokens",
+        tokenizer,
+        lambda: job.progress(job.documents(data), f"{job.name}: tokens"),
+        max_length,
+        pack and why_not is None,
+        job.rank,
+        job.wait,
+    )
+    join, objective = lesson(tokenizer, source) if lesson else (None, None)
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    with fresh_state():
+        args = arguments(TrainingArguments, job.directory, job.seed, train)
+        network = load_model(source, "float32")  # master weights; `bf16: true` in train computes in bfloat16
+        use_cache, network.config.use_cache = network.config.use_cache, False  # a cache would undo the packing mask
+        if peft:
+            network = adapted(network, peft)
+        if objective is not None:
+            learn_in_forward(network, replace(objective, eager=not is_deepspeed_zero3_enabled() and not args.fsdp))
+        kind = Trainer if objective is None else DistillTrainer
+        trainer = kind(model=network, args=args, train_dataset=rows, data_collator=Collator(rows, fill, join))
+        fit(job, trainer, tokens_per_step=rows.tokens / len(rows) * args.train_batch_size * args.world_size)
+        leave(job, trainer, tokenizer, use_cache, merge=bool(peft))
+    if job.rank == 0:
+        shutil.rmtree(job.directory / "tokens")
+
+
+def follow(job: "Job", *, model: str, data: str, max_length: int, train: Mapping[str, Any], peft: Any) -> None:
+    """Supervised fine-tuning by TRL's SFTTrainer on texts or conversations, left in the step's directory."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    source = job.model(model)
+    tokenizer = load_tokenizer(source)
+    documents = list(job.documents(data))
+    long = sum(len(encode(tokenizer, d).ids) > max_length for d in job.progress(documents, f"{job.name}: lengths"))
+    if long:
+        raise ValueError(
+            f"{job.place}.max_length: {long} of {len(documents)} documents have more than {max_length} tokens, and SFT "
+            f"would crop them; raise max_length or give the data a max_bytes"
+        )
+    texts = [{"text": d.text} if d.messages is None else {"messages": list(d.messages)} for d in documents]
+    with fresh_state():
+        args = arguments(SFTConfig, job.directory, job.seed, {"max_length": max_length, **train})
+        network = load_model(source, "float32")
+        use_cache = network.config.use_cache
+        if peft:
+            network = adapted(network, peft)
+        rows = Dataset.from_list(texts)
+        trainer = SFTTrainer(model=network, args=args, train_dataset=rows, processing_class=tokenizer)
+        fit(job, trainer, tokens_per_step=0.0)
+        leave(job, trainer, tokenizer, use_cache, merge=bool(peft))
+
+
+def leave(job: "Job", trainer: Trainer, tokenizer: Any, use_cache: bool, merge: bool) -> None:
+    """Puts the trained model, with its own forward and any adapter merged into it, in the step's directory."""
+    if merge:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    vars(trainer.model).pop("forward", None)
+    trainer.model.config.use_cache = use_cache
+    save(trainer, tokenizer, job.directory)
+
+
+def adapted(network: PreTrainedModel, peft: Mapping[str, Any]) -> Any:
+    """The model with a LoRA adapter to train (Hu et al. 2021, arXiv:2106.09685); in the end it joins the weights."""
+    from peft import LoraConfig, get_peft_model
+
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("peft: an adapter can't be merged into weights that ZeRO-3 has sharded; launch with zero2")
+    return get_peft_model(network, LoraConfig(**{"task_type": "CAUSAL_LM", **peft}))
+
+
+def fit(job: "Job", trainer: Trainer, tokens_per_step: float) -> None:
+    """Runs the trainer, from its last whole checkpoint if there is one, and writes log.jsonl and metrics.json."""
+    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+    _forget(job.directory / "log.jsonl", 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]), job.rank)
+    args = trainer.args
+    batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.world_size))
+    epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
+    with job.progress(steps, job.name) as bar:
+        journal = Journal(job.log, bar.advance, tokens_per_step * args.gradient_accumulation_steps)
+        journal.trainer = trainer
+        trainer.remove_callback(PrinterCallback)  # log.jsonl has it
+        for callback in (journal, Saved()):
+            trainer.add_callback(callback)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    if job.rank == 0:
+        wanted = ("train_loss", "train_runtime")
+        metrics = {name: result.metrics[name] for name in wanted if name in result.metrics}
+        metrics["steps"] = trainer.state.global_step
+        (job.directory / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
+
+
+def _forget(log: Path, step: int, rank: int) -> None:
+    """Drops what was logged after the checkpoint that training goes on from."""
+    if rank == 0 and log.exists():
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+        log.write_text("".join(f"{line}\n" for line in kept))
+
+
+def save(trainer: Trainer, tokenizer: Any, directory: Path) -> None:
+    """Writes the trained model (safetensors) and tokenizer; rank 0 removes the training checkpoints."""
+    trainer.save_model(str(directory))
+    if trainer.args.should_save:
+        (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it stands in step.json
+        if not list(directory.glob("*.safetensors")):
+            raise ValueError("the launch configuration saves shards only; set zero3_save_16bit_model: true in it")
+        tokenizer.save_pretrained(directory)
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)

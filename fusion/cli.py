@@ -1,0 +1,91 @@
+"""The command line: plan, run, launch, list, show. Heavy libraries load inside the command that needs them."""
+
+import sys
+from pathlib import Path
+
+import click
+
+RAW = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+class _Commands(click.Group):
+    """Commands in the order of use; a ValueError is a sentence for the user, without a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            click.echo(f"fusion: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fusion-trainer")
+def main() -> None:
+    """One network out of networks that were trained apart."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(
+            0, str(Path.cwd())
+        )  # words with a dot are found from where the command is given, as with python -m
+
+
+@main.command(context_settings=RAW)
+@click.argument("recipe")
+@click.option("--out", default="runs", show_default=True, help="The directory of all runs.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def plan(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
+    """What will run, what is cached, and estimates of disk, RAM and time; exit 1 with sentences if it can't."""
+    from fusion import _table
+    from fusion.plan import plan as check
+    from fusion.recipe import load
+    from fusion.run import parse
+
+    options = parse([recipe, *overrides])
+    _table.show_plan(check(load(options.recipe, options.overrides), out))
+
+
+@main.command(context_settings={**RAW, "help_option_names": []}, short_help="Run a recipe; what is done is skipped.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(arguments: tuple[str, ...]) -> None:
+    """Run a recipe: the same options as python -m fusion.run."""
+    from fusion.run import main as entry
+
+    sys.exit(entry(arguments))
+
+
+@main.command(context_settings=RAW)
+@click.argument("recipe")
+@click.option("--config", required=True, help="A configuration of accelerate: a name in launch/, or a file.")
+@click.option("-n", "--num-processes", type=int, help="How many processes, all nodes together.")
+@click.option("--out", help="The directory of all runs.")
+@click.argument("extra", nargs=-1, type=click.UNPROCESSED)
+def launch(recipe: str, config: str, num_processes: int | None, out: str | None, extra: tuple[str, ...]) -> None:
+    """Run a recipe on several processes through accelerate; EXTRA goes to fusion run."""
+    from fusion._launch import launch as start
+
+    sys.exit(start(recipe, config, num_processes, out, extra))
+
+
+@main.command("list")
+@click.argument("room", required=False)
+def list_words(room: str | None) -> None:
+    """The words a recipe may use, with their parameters: all, or those of one ROOM."""
+    from fusion import _table
+
+    _table.show_words(room)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def show(directory: Path) -> None:
+    """Tensors, dtypes, ties, tokenizer and provenance of a checkpoint, or the header of a store of targets."""
+    from fusion import _table
+
+    _table.show_directory(directory)
+
+
+if __name__ == "__main__":
+    main()

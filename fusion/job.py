@@ -1,0 +1,94 @@
+"""What a step's function is given besides the recipe's fields: where to write, its rank, names to paths."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fusion._progress import Progress
+from fusion._say import nearest
+from fusion.recipe import DataRef, Recipe
+
+if TYPE_CHECKING:
+    from fusion._ranks import Ranks
+    from fusion.data import Document
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step on one rank.
+
+    `directory` is visible to all ranks, survives a kill and is renamed when the step has returned on rank 0.
+    """
+
+    name: str
+    directory: Path
+    recipe: Recipe
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"  # what this rank computes on: cpu, cuda:1, ...
+    place: str = ""  # where the step stands in the recipe, for sentences
+    outputs: Mapping[str, Path] = field(default_factory=dict)  # earlier steps' directories
+    cache: Path = Path.home() / ".cache" / "fusion"
+    ranks: "Ranks | None" = None
+
+    def model(self, name: str) -> Path:
+        """The directory (config.json, *.safetensors, tokenizer.json) of a recipe's model or of an earlier output."""
+        if name in self.outputs:
+            return self.outputs[name]
+        if name not in self.recipe.models:
+            known = [*self.recipe.models, *self.outputs]
+            raise ValueError(f"{self.place}: no model is called '{name}'{nearest(name, known)}")
+        return resolve_model(self.recipe, name, self.cache)
+
+    def data(self, name: str) -> DataRef:
+        """The recipe's data entry of that name."""
+        if name not in self.recipe.data:
+            raise ValueError(f"{self.place}: no data are called '{name}'{nearest(name, self.recipe.data)}")
+        return self.recipe.data[name]
+
+    def documents(self, name: str) -> "Sequence[Document]":
+        """The documents of a data entry, in a fixed order."""
+        from fusion import data
+
+        return data.documents(self.data(name), self.recipe.base, self.recipe.data)
+
+    def store(self, name: str) -> Path:
+        """The directory that the earlier step `name` made."""
+        if name not in self.outputs:
+            raise ValueError(f"{self.place}: no earlier step made '{name}'{nearest(name, self.outputs)}")
+        return self.outputs[name]
+
+    def progress(self, work: Iterable[T] | int, description: str, total: int | None = None) -> Progress[T]:
+        """Iterate over it, or `with job.progress(total, "training") as bar: bar.advance()`; shown on rank 0."""
+        return Progress(work, description, total, show=self.rank == 0)
+
+    def log(self, **metrics: Any) -> None:
+        """One line of directory/log.jsonl, written by rank 0."""
+        if self.rank == 0:
+            with open(self.directory / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+    def wait(self, ready: Callable[[], bool], what: str) -> None:
+        """Returns when `ready()` is true; ends with one sentence when a rank that has to do it stopped."""
+        if self.ranks is not None:
+            self.ranks.wait(ready, what)
+            return
+        while not ready():
+            time.sleep(0.1)
+
+
+def resolve_model(recipe: Recipe, name: str, cache: Path) -> Path:
+    """The directory of a recipe's model: in place, downloaded, converted or made once."""
+    from fusion import data, sources
+
+    def texts(source: str) -> Iterator[str]:
+        for document in data.documents(recipe.data[source], recipe.base, recipe.data):
+            yield document.text if document.messages is None else "\n".join(m["content"] for m in document.messages)
+
+    return sources.resolve(name, recipe.models[name], cache, recipe.base, texts, recipe.seed)

@@ -1,0 +1,221 @@
+"""A recipe becomes checked steps with content keys: every word, parameter, reference, file and size.
+
+Reads signatures, headers and configurations only; imports neither torch nor transformers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusion import __version__, _keys, sources, words
+from fusion._checked import Checked
+from fusion._say import nearest
+from fusion.recipe import Recipe, Step
+from fusion.words import Word
+
+# What a step's parameter refers to, by its name: a model, data, a store, or words of a room. All others are values.
+FIELDS: dict[str, str] = {
+    **dict.fromkeys(("model", "teacher", "base", "target", "donor", "models"), "model"),
+    "data": "data",
+    "targets": "targets",
+    "fuse": "room fuse",
+    "loss": "room losses",
+    "metrics": "room metrics",
+    "method": "room merge",
+    "post": "room post",
+    "match": "room match",
+    "features": "room features",
+}
+ARTICLES = {"model": "a model", "data": "data", "targets": "a store of targets", "metrics": "metrics"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A checked step: `key` names its content, `directory` is where it will lie, `done` whether it lies there."""
+
+    step: Step
+    word: Word
+    fields: dict[str, Any]  # as written, fitted to the annotations, with --key value in `train`
+    key: str
+    directory: Path
+    done: bool
+    output: str  # the module's OUTPUT: model, targets or metrics
+    inputs: dict[str, str]  # earlier outputs it reads -> their keys
+    models: tuple[str, ...]  # the recipe's models it reads
+    data: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.step.out
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the step's function is called with."""
+        return {"out": self.name, **self.fields} if "out" in self.word.names else dict(self.fields)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a recipe, in order, and the directory their outputs lie in."""
+
+    recipe: Recipe
+    folder: Path
+    steps: tuple[Planned, ...]
+
+    def __getitem__(self, name: str) -> Planned:
+        for planned in self.steps:
+            if planned.name == name:
+                return planned
+        raise ValueError(f"{self.recipe.path}: no step makes '{name}'{nearest(name, [one.name for one in self.steps])}")
+
+
+@dataclass(frozen=True)
+class View:
+    """What a step's own `check(view)` may look at while planning."""
+
+    step: Step
+    fields: Mapping[str, Any]  # with the defaults of those left out
+    recipe: Recipe
+    outputs: Mapping[str, Planned]  # earlier steps by the name of their output
+    kinds: Mapping[str, str] = field(default_factory=dict)  # the recipe's models: hub, directory, gguf, scratch
+
+    @property
+    def place(self) -> str:
+        return self.step.place
+
+    def origin(self, name: str) -> str:
+        """The recipe's model whose architecture and tokenizer the model `name` has."""
+        while name in self.outputs:
+            fields = self.outputs[name].fields
+            name = next(str(fields[key]) for key in ("model", "target", "base", "donor") if key in fields)
+        return name
+
+    def config(self, name: str) -> dict[str, Any] | None:
+        """config.json of a model; None while it isn't on this machine."""
+        ref = self.recipe.models[self.origin(name)]
+        kind = self.kinds.get(ref.name)
+        if kind == "directory":
+            return sources.header(_keys.model_directory(self.recipe, ref.name)).config
+        return ref.config
+
+
+def plan(recipe: Recipe, out: str | Path = "runs") -> Plan:
+    """The recipe's steps, checked; ValueError with one sentence a line for everything that is wrong."""
+    folder = Path(out) / recipe.name
+    digests = _keys.Digests()
+    problems: list[str] = []
+    planned: dict[str, Planned] = {}
+    checked = Checked(recipe, digests)
+    for step in recipe.steps:
+        try:
+            planned[step.out] = _step(step, recipe, planned, checked, folder)
+        except ValueError as error:
+            problems += str(error).split("\n")
+            broken = step.out
+            planned[broken] = _broken(step, folder)
+    digests.save()
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return Plan(recipe, folder, tuple(planned.values()))
+
+
+def _broken(step: Step, folder: Path) -> Planned:
+    """Stands for a step that is wrong, so that what refers to it is not called wrong as well."""
+    word = Word("steps", step.verb, "", Path(), "", (), {}, ())
+    return Planned(step, word, step.fields, "", folder, False, "", {}, (), ())
+
+
+def _step(step: Step, recipe: Recipe, earlier: Mapping[str, Planned], checked: Checked, folder: Path) -> Planned:
+    """One step, checked and keyed."""
+    given = {"out": step.out, **step.fields} if step.named else dict(step.fields)
+    word = _find(step)
+    if "train" in word.names and recipe.overrides:
+        train = given.get("train") or {}
+        given["train"] = {**train, **recipe.overrides} if isinstance(train, dict) else train
+    nested = given.get("method") if isinstance(given.get("params"), dict) else None
+    fitted = words.check("steps", step.verb, given, step.place)
+    fitted.pop("out", None)
+    inputs: dict[str, str] = {}
+    models: dict[str, list[Any]] = {}
+    texts: dict[str, str] = {}
+    plugins = [word] if "." in step.verb else []
+    files = checked.files(fitted.get("path"))
+    for name, value in fitted.items():
+        kind = FIELDS.get(name, "")
+        place = f"{step.place}.{name}"
+        if kind.startswith("room "):
+            if name == "method" and nested is not None:
+                words.check("merge", str(nested), given["params"], f"{step.place}.params")
+                plugins += [words.find("merge", str(nested))] if "." in str(nested) else []
+                continue
+            for entry in value if isinstance(value, list) else [value]:
+                if entry is None:
+                    continue
+                found, params = words.parse(kind.removeprefix("room "), entry, place)
+                files += checked.files(params.get("path"))
+                plugins += [words.find(kind.removeprefix("room "), found)] if "." in found else []
+        elif kind:
+            for reference in _references(value, kind, place):
+                _refer(reference, kind, place, step, recipe, earlier)
+                if reference in earlier:
+                    inputs[reference] = earlier[reference].key
+                elif kind == "data":
+                    texts[reference] = checked.text(reference)
+                else:
+                    models[reference] = checked.model(reference)
+    parts = {
+        "verb": step.verb,
+        "fields": fitted,
+        "inputs": inputs,
+        "models": models,
+        "data": texts,
+        "files": files,
+        "plugins": [checked.digests(plugin.file) for plugin in plugins],
+        "seed": recipe.seed,
+        "version": __version__,
+    }
+    key = _keys.of(parts)
+    directory = folder / f"{step.out}-{key[:8]}"
+    output = str(word.constants.get("OUTPUT", "metrics"))
+    done = (directory / "done.json").is_file()
+    if "check" in word.functions and all(inputs.values()):
+        defaults = {parameter.name: parameter.default for parameter in word.parameters if not parameter.required}
+        words.module(word).check(View(step, {**defaults, **fitted}, recipe, earlier, checked.kinds))
+    return Planned(step, word, fitted, key, directory, done, output, inputs, tuple(models), tuple(texts))
+
+
+def _find(step: Step) -> Word:
+    try:
+        return words.find("steps", step.verb)
+    except ValueError as error:
+        raise ValueError(f"{step.place}: {error}") from None
+
+
+def _references(value: Any, kind: str, place: str) -> list[str]:
+    """The names in `a`, `[a, b]`, a model's `{a: 1.0, b: 0.5}` (weights) or data's `{prose: a, code: b}` (domains)."""
+    if isinstance(value, dict):
+        entries = list(value.values() if kind == "data" else value)
+    else:
+        entries = [value] if isinstance(value, str) else list(value or ())
+    for entry in entries:
+        if not isinstance(entry, str):
+            raise ValueError(f"{place}: a name is needed here, not {entry!r:.60}")
+    return entries
+
+
+def _refer(name: str, kind: str, place: str, step: Step, recipe: Recipe, earlier: Mapping[str, Planned]) -> None:
+    """ValueError unless `name` is something of that kind and stands before this step."""
+    outputs = [one for one, planned in earlier.items() if planned.output in (kind, "")]
+    allowed = outputs + (list(recipe.models) if kind == "model" else list(recipe.data) if kind == "data" else [])
+    if name in allowed:
+        return
+    if name in earlier:
+        what = ARTICLES.get(earlier[name].output, earlier[name].output)
+        raise ValueError(f"{place}: '{name}' is {what}; {ARTICLES[kind]} is needed here")
+    if name == step.out or name in (later.out for later in recipe.steps):
+        raise ValueError(f"{place}: '{name}' is only made {'by this step' if name == step.out else 'later'}")
+    if name in recipe.models or name in recipe.data:
+        what = "a model" if name in recipe.models else "data"
+        raise ValueError(f"{place}: '{name}' is {what}; {ARTICLES[kind]} is needed here")
+    raise ValueError(f"{place}: there is no {'model' if kind == 'model' else kind} '{name}'{nearest(name, allowed)}")

@@ -1,0 +1,155 @@
+"""The entry of every launcher: `python -m fusion.run RECIPE` runs a recipe's steps on however many ranks there are."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fusion import _estimate, _machine, _ranks, recipe
+from fusion._execute import Tell, execute, symlink
+from fusion.plan import Plan, plan
+
+USAGE = """usage: python -m fusion.run RECIPE [--out runs] [--only STEP] [--dry-run] [--key value ...]
+
+  RECIPE      a recipe file, or the name of a packaged recipe
+  --out       the directory of all runs (default: runs)
+  --only      the name of one step's output: run this step alone, what it reads must be there
+  --dry-run   say what would run
+  --key value overrides this field of every train block, and is part of what a step's directory is named by
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """A command line of `fusion run`."""
+
+    recipe: str
+    out: str = "runs"
+    only: str | None = None
+    dry_run: bool = False
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Reads a command line. --local_rank=N, which DeepSpeed's launcher puts first, is dropped wherever it stands."""
+    given: dict[str, Any] = {"overrides": {}}
+    left = list(arguments)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            if "recipe" in given:
+                raise ValueError(f"one recipe is needed, and '{word}' comes after '{given['recipe']}'")
+            given["recipe"] = word
+            continue
+        name, equals, value = word[2:].partition("=")
+        if name in ("dry-run", "dry_run"):
+            given["dry_run"] = True
+            continue
+        if not equals and left and not left[0].startswith("--"):
+            value, equals = left.pop(0), "="
+        if name in ("local_rank", "local-rank"):
+            continue
+        if name in ("out", "only"):
+            if not equals:
+                raise ValueError(f"--{name} needs a value")
+            given[name] = value
+        elif "recipe" not in given:
+            raise ValueError(f"--{name} comes before the recipe; train fields come after it")
+        else:
+            given["overrides"][name.replace("-", "_")] = recipe.scalar(value) if equals else True
+    if "recipe" not in given:
+        raise ValueError("a recipe is needed: fusion run RECIPE")
+    return Options(**given)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; the process's exit status: 0 done, 1 a sentence said why not, 130 stopped by Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(word in ("-h", "--help") for word in arguments):
+        print(USAGE)
+        return 0
+    # libraries that load later on say what matters by raising; their bars are for terminals
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    ranks = _ranks.Ranks()
+    try:
+        options = parse(arguments)
+        ranks = _ranks.of_environment(os.environ)
+        ranks = _ranks.join(Path(options.out) / Path(options.recipe).stem, os.environ)
+        run(options, ranks)
+        status = 0
+    except _ranks.Stopped:
+        status = 1
+    except KeyboardInterrupt:
+        if ranks.fail("stopped by Ctrl-C"):
+            print("\nstopped; the same command continues", file=sys.stderr, flush=True)
+        status = 130
+    except ValueError as error:
+        if ranks.fail(str(error)) and (ranks.rank == 0 or ranks.directory is not None):
+            print(f"fusion: {error}", file=sys.stderr, flush=True)
+        status = 1
+    except BaseException as error:
+        if ranks.failed_elsewhere():  # a broken collective, say: the rank that failed first has said why
+            return 1
+        ranks.fail(f"{type(error).__name__}: {error}")
+        raise
+    ranks.leave()
+    return status
+
+
+def run(options: Options, ranks: _ranks.Ranks) -> Plan:
+    """Executes what is not done yet, and writes the report; the plan that was run."""
+    loaded = recipe.load(options.recipe, options.overrides)
+    planned = plan(loaded, options.out)
+    alone = [options.only] if options.only is not None else [one.name for one in planned.steps]
+    wanted = [planned[name] for name in alone]
+    tell: Tell = partial(print, flush=True) if ranks.rank == 0 else _quiet
+    pending = [one for one in wanted if not one.done]
+    for one in wanted:
+        missing = [name for name in one.inputs if not planned[name].done and name not in alone]
+        if missing and not one.done:
+            raise ValueError(f"{one.step.place}: it reads '{missing[0]}', which is not made yet; run without --only")
+    if options.dry_run:
+        for one in wanted:
+            tell(f"{one.name}: {'is done' if one.done else 'would run'} ({one.step.verb}, {one.directory})")
+        return planned
+    if ranks.rank == 0:
+        _estimate.refuse_full_disk(planned, pending)
+    machine = _machine.here(loaded.overrides, ranks.local) if pending else _machine.Machine("cpu", {})
+    if machine.train and any("train" in one.word.names for one in pending):
+        added = ", ".join(f"{name}: {str(value).lower()}" for name, value in machine.train.items())
+        tell(f"no accelerator here: {added} in every train block")
+    for one in pending:
+        _machine.check_train(one, machine)
+    for one in wanted:
+        execute(one, planned, machine, ranks, tell)
+    if ranks.rank == 0:
+        _finish(planned, tell)
+    return planned
+
+
+def _finish(planned: Plan, tell: Tell) -> None:
+    """Links of what is current, and the report over all steps that are done."""
+    done = [one for one in planned.steps if (one.directory / "done.json").is_file()]
+    result = planned.recipe.result or next((one.name for one in reversed(planned.steps) if one.output == "model"), None)
+    for one in done:
+        symlink(planned.folder / one.name, one.directory.name)
+        if one.name == result:
+            symlink(planned.folder / "result", one.directory.name)
+    if len(done) == len(planned.steps):
+        from fusion import report
+
+        report.write(planned.folder, planned.recipe, [(one.step, one.directory) for one in planned.steps])
+        tell(f"{planned.folder / 'report.html'}")
+
+
+def _quiet(*_: Any) -> None:
+    """What ranks other than 0 say."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
