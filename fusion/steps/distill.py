@@ -1,0 +1,105 @@
+"""Teach a model what recorded teachers said.
+
+FuseLLM's idea (Wan et al. 2024, arXiv:2401.10491) with targets at shared byte boundaries, sampled from the teacher by
+default (Anshumann et al. 2025, arXiv:2503.16870), and the language-model loss whole wherever no target stands.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from fusion.job import Job
+
+OUTPUT = "model"
+
+
+def distill(
+    job: "Job",
+    *,
+    out: str,
+    model: str,
+    targets: list[str],
+    data: str,
+    fuse: str | dict[str, Any] = "min_ce",
+    loss: str | dict[str, Any] = "forward_kl",
+    vocab: Literal["first_piece", "exact", "minimum_edit"] = "first_piece",
+    direction: Literal["auto", "teacher", "student"] = "auto",
+    lm_weight: float = 0.5,
+    lm_everywhere: bool = True,
+    temperature: float = 1.0,
+    max_length: int = 512,
+    chunk: int = 256,
+    pack: bool = True,
+    train: dict[str, Any] | None = None,
+    peft: dict[str, Any] | None = None,
+) -> None:
+    """The model after training on its text and on what the teachers of `targets` (stores of `record`) said about it.
+
+    Where a target stands the loss is `lm_weight` of the language-model loss and the rest of the divergence, elsewhere
+    the language-model loss; `lm_everywhere: false` weighs it by `lm_weight` at every position, as FuseLLM does.
+    """
+    from functools import partial
+
+    from fusion import words
+    from fusion._training import learn
+    from fusion.join import Join, teachers
+    from fusion.losses._rows import Fold
+    from fusion.trainers import Objective
+
+    if not 0 <= lm_weight <= 1:
+        raise ValueError(f"{job.place}.lm_weight: {lm_weight} is not a share; it goes from 0 to 1")
+    rule, rule_parameters = words.parse("fuse", fuse, f"{job.place}.fuse")
+    divergence, parameters = words.parse("losses", loss, f"{job.place}.loss")
+
+    def lesson(tokenizer: Any, source: Path) -> tuple[Join, Objective]:
+        found = teachers(job, targets, tokenizer, source, vocab, direction)
+        kind = mixed_kind([t.store.kind for t in found], rule, divergence, job.place)
+        index = found[0].map.student_index
+        objective = Objective(
+            partial(words.load("losses", divergence), **parameters),
+            kind,
+            Fold.build(index),
+            lm_weight,
+            lm_everywhere,
+            temperature,
+            chunk,
+        )
+        return Join(found, words.load("fuse", rule), rule_parameters), objective
+
+    learn(
+        job,
+        model=model,
+        data=data,
+        max_length=max_length,
+        pack=pack,
+        train=train or {},
+        peft=peft,
+        lesson=lesson,
+    )
+
+
+def mixed_kind(kinds: list[str], rule: str, divergence: str, place: str) -> str:
+    """The kind of the fused targets; ValueError where rule or divergence has no unbiased estimate from such targets."""
+    from fusion import words
+
+    if len(set(kinds)) == 1:
+        kind = kinds[0]
+    else:  # draws estimate every probability, a list knows some: no rule has a use for both at once
+        kind = "mixed" if "sampled" in kinds else "truncated"
+    for room, word in (("fuse", rule), ("losses", divergence)):
+        allowed = words.find(room, word).constants["TARGETS"]
+        if kind not in allowed:
+            raise ValueError(
+                f"{place}: {word} has no unbiased estimate from {kind} targets ({', '.join(kinds)}); "
+                f"it takes {', '.join(allowed)}: record the stores by one such rule"
+            )
+    return kind
+
+
+def train_fields() -> set[str]:
+    """The names that `train:` may hold."""
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    return {field.name for field in fields(TrainingArguments)}

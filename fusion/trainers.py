@@ -1,0 +1,102 @@
+"""The one trainer of our own: transformers.Trainer with the loss of distillation and the count of target tokens."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer
+
+from fusion._causal import split_head
+from fusion.losses._head import chunked_loss
+from fusion.losses._rows import Fold, Rows
+from fusion.windows import IGNORED
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a distill step minimises at each position; see fusion.losses._head.chunked_loss."""
+
+    divergence: Callable[..., torch.Tensor]
+    kind: str  # of the targets: sampled, truncated or whole
+    fold: Fold | None
+    lm_weight: float
+    lm_everywhere: bool
+    temperature: float
+    chunk: int
+    eager: bool = False  # take the head's gradients in forward, which saves its second run where no weight is sharded
+
+
+def learn_in_forward(model: PreTrainedModel, objective: Objective) -> None:
+    """Lets `model(lesson=batch, counts=...)` return the loss.
+
+    Decoder and head so run inside the forward of whatever wraps the model: DDP then synchronises gradients and ZeRO-3
+    gathers weights as for any other forward.
+    """
+    plain = model.forward
+
+    def forward(self: PreTrainedModel, *args: Any, lesson: Any = None, counts: Any = None, **inputs: Any) -> Any:
+        if lesson is None:
+            return plain(*args, **inputs)
+        decoder, head = split_head(self)
+        names = [name for name in ("input_ids", "position_ids", "attention_mask") if name in lesson]
+        hidden = decoder(**{name: lesson[name] for name in names}, use_cache=False).last_hidden_state
+        labels = torch.nn.functional.pad(
+            lesson["labels"][:, 1:], (0, 1), value=IGNORED
+        )  # position p predicts token p + 1
+        rows = Rows(
+            ids=lesson["target_ids"],
+            log_probs=lesson["target_bits"].view(torch.float32),
+            tail=lesson["tail_bits"].view(torch.float32),
+            kind=objective.kind,
+            present=torch.ones_like(lesson["target_at"], dtype=torch.bool),
+        )
+        loss, sums = chunked_loss(
+            hidden.flatten(0, 1),
+            head,
+            labels.flatten(),
+            rows,
+            objective.fold,
+            objective.divergence,
+            objective.lm_weight,
+            objective.lm_everywhere,
+            counts,
+            temperature=objective.temperature,
+            chunk=objective.chunk,
+            rows_at=lesson["target_at"],
+            parameters=tuple(self.get_output_embeddings().parameters()) if objective.eager else None,
+        )
+        return loss, torch.stack([sums[name].double() for name in ("ce_sum", "kd_sum", "labels", "targets")])
+
+    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+
+
+class DistillTrainer(Trainer):
+    """transformers.Trainer for batches with targets; its loss is normalised by global counts of labels and targets."""
+
+    sums: torch.Tensor | None = None  # (4,) since the last log: language-model nats, target nats, labels, targets
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """Micro-batches of one optimizer step and counts (2,): labels and targets in them, over all ranks."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        for batch in batches:
+            counts[0] += (batch["labels"][:, 1:] != IGNORED).sum().to(device)
+            counts[1] += batch["target_at"].numel()
+        return batches, self.accelerator.reduce(counts, "sum")
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch, times the number of ranks because their gradients are averaged."""
+        self.loss_is_scaled_for_ga = True  # by the counts of the whole step
+        loss, sums = model(lesson=inputs, counts=num_items_in_batch)
+        self.sums = sums if self.sums is None else self.sums + sums
+        return loss * self.accelerator.num_processes
