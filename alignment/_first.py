@@ -4,7 +4,7 @@ text."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,20 @@ def first_pieces(source: Any, target: Any) -> np.ndarray:
     that lower-cases or normalises: begin them so changed). A part of a character, which cannot be encoded, goes to the
     longest piece it begins with. Special tokens go to the special token of the same role or spelling, or to -1.
     """
-    give, take, backend = pieces(source), pieces(target), fast(target)
+    give = pieces(source)
     result = np.full(len(give.text), -1, np.int64)
     known = [(index, data) for index, data in enumerate(give.text) if data]
+    result[[index for index, _ in known]] = encoded_firsts([data for _, data in known], target)
+    for index, counterpart in specials(source, target).items():
+        result[index] = counterpart
+    return result
+
+
+def encoded_firsts(strings: Sequence[bytes], target: Any) -> np.ndarray:
+    """(N,) int64: for each of N non-empty byte strings the id in `target` of its first piece, -1 for none."""
+    take, backend = pieces(target), fast(target)
+    result = np.full(len(strings), -1, np.int64)
+    known = list(enumerate(strings))
     pending: list[tuple[int, bytes, tuple[int, ...]]] = [(i, data, ()) for i, data in known if not _is_text(data)]
     for index, data, candidates in _encoded([(i, data) for i, data in known if _is_text(data)], backend):
         chosen = _chosen(take, candidates, data)
@@ -33,11 +44,9 @@ def first_pieces(source: Any, target: Any) -> np.ndarray:
             result[index] = chosen
         else:
             pending.append((index, data, candidates))
-    longest = lowest_ids(take)
+    longest = lowest_ids(take) if pending else {}
     for index, data, candidates in pending:
         result[index] = _resort(take, longest, candidates, data, _normalised(data, backend, take))
-    for index, counterpart in specials(source, target).items():
-        result[index] = counterpart
     return result
 
 

@@ -5,7 +5,7 @@ Convention: a model's logits at position p are prediction row p + 1; row t predi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -136,7 +136,10 @@ def windows(document: int, length: int, max_length: int) -> list[Piece]:
 
 
 def batch(
-    rows: Sequence[Sequence[Piece]], ids: Sequence[Any], pad: int = 0, device: str | torch.device = "cpu"
+    rows: Sequence[Sequence[Piece]],
+    ids: Sequence[Any] | Mapping[int, Any],
+    pad: int = 0,
+    device: str | torch.device = "cpu",
 ) -> Batch:
     """Rows of pieces as the inputs of one forward pass; `ids[document]` are the tokens (T,) of a document.
 

@@ -15,23 +15,11 @@ def cut(text: str, max_bytes: int) -> list[tuple[int, int]]:
     A piece ends after a blank line, else a line, else a space, else a character. Pieces tile the text, so that every
     model reads the same ones and nothing is lost.
     """
-    if text.isascii():
-        byte_at = to_char = int
-    else:
-        import numpy as np
-
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        ends = np.concatenate([[0], np.cumsum(1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF))])
-
-        def byte_at(char: int) -> int:
-            return int(ends[char])
-
-        def to_char(byte: int) -> int:
-            return bisect_right(ends, byte) - 1
-
+    ends = None if text.isascii() else _byte_ends(text)  # (characters + 1,)
     pieces, start = [], 0
     while start < len(text):
-        stop = min(len(text), max(start + 1, to_char(byte_at(start) + max_bytes)))
+        reach = start + max_bytes if ends is None else bisect_right(ends, ends[start] + max_bytes) - 1
+        stop = min(len(text), max(start + 1, reach))
         if stop < len(text):
             for mark in ("\n\n", "\n", " "):
                 found = text.rfind(mark, start + (stop - start) // 2, stop)
@@ -52,6 +40,14 @@ def parse_split(split: str | None, count: int, place: str) -> slice:
         None if v is None else round(count * int(v[:-1]) / 100) if v[-1] == "%" else int(v) for v in match.groups()
     )
     return slice(first, last)
+
+
+def _byte_ends(text: str) -> "np.ndarray":
+    """The offset in UTF-8 of every character, and of the text's end."""
+    import numpy as np
+
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    return np.concatenate([[0], np.cumsum(1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF))])
 
 
 def shuffled(table: "np.ndarray", seed: int | None) -> "np.ndarray":

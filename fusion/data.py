@@ -70,7 +70,7 @@ def files(ref: "DataRef", base: Path) -> list[Path]:
         return list(_stdlib())
     path = base / Path(ref.path).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.glob(SUFFIXES.get(ref.format, "") or "**/*") if p.is_file())
+        found = sorted(p for p in path.glob(SUFFIXES.get(ref.format or "text", "") or "**/*") if p.is_file())
     else:
         found = sorted(Path(p) for p in glob(str(path), recursive=True) if Path(p).is_file())
     if not found:
@@ -137,7 +137,8 @@ class Mixed(Sequence[Document]):
 
     def __init__(self, parts: Sequence[Sequence[Document]], weights: Sequence[float]):
         total = sum(weights)
-        taken, order = [0] * len(parts), []
+        taken = [0] * len(parts)
+        order: list[tuple[int, int]] = []
         while True:
             # the part that lags most behind its share comes next: exact proportions at every prefix, no random numbers
             lag = [w / total * (len(order) + 1) - t for w, t in zip(weights, taken, strict=True)]
@@ -220,7 +221,10 @@ def _from_table(ref: "DataRef", base: Path) -> Documents:
     pieces: list[tuple[int, int, int]] = []
     for row in range(len(column)):
         content = load(row) if ref.max_bytes else None
-        pieces += [(row, a, b) for a, b in cut(content, ref.max_bytes)] if isinstance(content, str) else [(row, -1, -1)]
+        if ref.max_bytes and isinstance(content, str):
+            pieces += [(row, a, b) for a, b in cut(content, ref.max_bytes)]
+        else:
+            pieces.append((row, -1, -1))
     table = shuffled(np.asarray(pieces, dtype=np.int64).reshape(-1, 3), ref.shuffle)
     return Documents(load, table[parse_split(sliced, len(table), ref.place)])
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from alignment.inner import Inner
 from alignment.tokens import shared_boundaries
 from alignment.vocab import VocabMap
 from fusion._causal import Piece
@@ -28,14 +29,16 @@ class Teacher:
     name: str
     store: Store
     map: VocabMap
+    inner: Inner | None = None  # to draw on what it said inside its own tokens, too
 
 
 def teachers(
-    job: "Job", names: Sequence[str], tokenizer: Any, student: Path, vocab: str, direction: str
+    job: "Job", names: Sequence[str], tokenizer: Any, student: Path, vocab: str, direction: str, inner: bool
 ) -> list[Teacher]:
     """The stores of a distill step, each with the map of its vocabulary into buckets that all of them share.
 
-    `vocab` is a constructor of VocabMap; `direction` is for first_piece.
+    `vocab` is a constructor of VocabMap, `direction` is for first_piece; `inner` asks for targets inside their tokens.
+    Raises ValueError where that is asked of truncated targets: what goes on from a prefix may be in their tails.
     """
     from fusion.sources import header, load_tokenizer
 
@@ -51,7 +54,15 @@ def teachers(
             build = {"exact": VocabMap.exact, "minimum_edit": VocabMap.minimum_edit}[vocab]
             maps.append(build(theirs, tokenizer, **sizes))
     joined = VocabMap.join(maps) if len(maps) > 1 else maps
-    return [Teacher(name, store, map) for name, store, map in zip(names, stores, joined, strict=True)]
+    found = []
+    for name, store, map in zip(names, stores, joined, strict=True):
+        if inner and store.kind == "truncated":
+            raise ValueError(
+                f"{job.place}.inner: {name} holds truncated targets; record draws, or the whole distribution"
+            )
+        inside = Inner(load_tokenizer(store.tokenizer), tokenizer, map.student_index) if inner else None
+        found.append(Teacher(name, store, map, inside))
+    return found
 
 
 class Heard(NamedTuple):
@@ -99,8 +110,10 @@ class Join:
         positions, quality = np.concatenate(at), torch.from_numpy(np.concatenate(scores, axis=2))
         each = [gather(positions, h, t.store.kind, t.map.size) for h, t in zip(heard, self.teachers, strict=True)]
         fused = self.rule(each, quality[0], quality[1], **self.parameters)
+        teaches = fused.present & (fused.ids >= 0).any(1)  # the language-model loss stays whole everywhere else
+        fused = fused.select(teaches)
         return {
-            "target_at": torch.from_numpy(positions),
+            "target_at": torch.from_numpy(positions)[teaches],
             "target_ids": fused.ids,
             "target_bits": fused.log_probs.float().contiguous().view(torch.int32),
             "tail_bits": fused.tail.float().contiguous().view(torch.int32),
@@ -121,7 +134,46 @@ class Join:
         owner = np.repeat(np.arange(len(rows)), counts)
         entry = np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner] + said.offsets[theirs][owner]
         bucket = teacher.map.index.numpy()[said.entry_ids[entry]]
-        return Heard(rows, owner, bucket, said.entry_log_probs[entry], said.tail[theirs], quality(said))
+        heard = Heard(rows, owner, bucket, said.entry_log_probs[entry], said.tail[theirs], quality(said))
+        return heard if teacher.inner is None else between(heard, teacher.inner, windows, piece, said)
+
+
+def between(heard: Heard, inner: Inner, windows: "Windows", piece: Piece, said: DocumentTargets) -> Heard:
+    """`heard`, and targets for the student's boundaries that lie inside the teacher's tokens."""
+    ends = windows.ends(piece.document)
+    learnt = windows.learnt(piece.document)
+    begin = np.concatenate([[0], said.ends[:-1]])
+    at = np.arange(max(piece.start, 0), piece.stop - 1)  # the boundary is the end of this token, its row the next one
+    at = at[(ends[at] > np.concatenate([[0], ends])[at]) & learnt[at + 1]]
+    theirs = np.searchsorted(said.ends, ends[at], side="right")
+    alone = (theirs < len(said.ids)) & ~np.isin(ends[at], said.ends)
+    rows: list[int] = []
+    owner: list[np.ndarray] = []
+    bucket: list[np.ndarray] = []
+    log_probs: list[np.ndarray] = []
+    for i, j in zip(at[alone], theirs[alone], strict=True):
+        prefix = inner.prefix(int(said.ids[j]), int(ends[i] - begin[j]), int(said.ends[j] - begin[j]))
+        span = slice(said.offsets[j], said.offsets[j + 1])
+        if prefix is None or span.start == span.stop:
+            continue
+        rests = inner.rests(prefix, said.entry_ids[span])
+        if not (rests >= 0).any():
+            continue
+        mass = said.entry_log_probs[span][rests >= 0]
+        owner.append(np.full(len(mass), len(rows)))
+        rows.append(i + 1)
+        bucket.append(rests[rests >= 0])
+        log_probs.append(mass - np.logaddexp.reduce(mass))
+    if not rows:
+        return heard
+    return Heard(
+        np.concatenate([heard.rows, rows]),
+        np.concatenate([heard.owner, len(heard.rows) + np.concatenate(owner)]),
+        np.concatenate([heard.bucket, *bucket]),
+        np.concatenate([heard.log_probs, *log_probs]),
+        np.concatenate([heard.tail, np.full(len(rows), -np.inf, np.float32)]),
+        heard.quality,
+    )
 
 
 def quality(said: DocumentTargets) -> tuple[float, float]:
@@ -144,18 +196,19 @@ def gather(positions: np.ndarray, heard: Sequence[tuple[int, Heard]], kind: str,
         rows.append(here[said.owner])
         buckets.append(said.bucket)
         masses.append(np.exp(said.log_probs.astype(np.float64)))
-    row, bucket, mass = np.concatenate(rows), np.concatenate(buckets), np.concatenate(masses)
+    row, bucket, masses_all = np.concatenate(rows), np.concatenate(buckets), np.concatenate(masses)
     lost = bucket < 0
     with np.errstate(divide="ignore"):
-        tail = np.logaddexp(tail, np.log(np.bincount(row[lost], weights=mass[lost], minlength=n)))
+        tail = np.logaddexp(tail, np.log(np.bincount(row[lost], weights=masses_all[lost], minlength=n)))
     key, inverse = np.unique(row[~lost] * size + bucket[~lost], return_inverse=True)
-    mass = np.bincount(inverse, weights=mass[~lost], minlength=len(key))
+    mass = np.bincount(inverse, weights=masses_all[~lost], minlength=len(key))
     row, bucket = key // size, key % size
     counts = np.bincount(row, minlength=n)
     column = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
     width = int(counts.max(initial=0))
     ids, log_probs = np.full((n, width), -1, np.int64), np.full((n, width), -np.inf, np.float32)
     ids[row, column], log_probs[row, column] = bucket, np.log(mass)
+    present &= counts > 0  # a row whose entries all lost their bucket says nothing, and has no say in a fusion
     return Rows(
         ids=torch.from_numpy(ids),
         log_probs=torch.from_numpy(log_probs),

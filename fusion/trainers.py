@@ -61,15 +61,16 @@ def learn_in_forward(model: PreTrainedModel, objective: Objective) -> None:
             objective.divergence,
             objective.lm_weight,
             objective.lm_everywhere,
-            counts,
+            counts[:2],
             temperature=objective.temperature,
             chunk=objective.chunk,
             rows_at=lesson["target_at"],
+            calls=1 if objective.eager else -(-int(counts[2]) // objective.chunk),
             parameters=tuple(self.get_output_embeddings().parameters()) if objective.eager else None,
         )
         return loss, torch.stack([sums[name].double() for name in ("ce_sum", "kd_sum", "labels", "targets")])
 
-    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = MethodType(forward, model)
 
 
 class DistillTrainer(Trainer):
@@ -80,13 +81,14 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
-        """Micro-batches of one optimizer step and counts (2,): labels and targets in them, over all ranks."""
+        """Micro-batches of one optimizer step and counts (3,) over all ranks: labels and targets in them, and the most
+        labels of any micro-batch, since a sharded head must be called as often on every rank."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
-        for batch in batches:
-            counts[0] += (batch["labels"][:, 1:] != IGNORED).sum().to(device)
-            counts[1] += batch["target_at"].numel()
-        return batches, self.accelerator.reduce(counts, "sum")
+        labels = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
+        targets = sum(batch["target_at"].numel() for batch in batches)
+        own = torch.tensor([sum(labels), targets, max(labels, default=0)], device=device)
+        everyone = self.accelerator.gather(own).view(-1, 3)
+        return batches, torch.cat([everyone[:, :2].sum(0), everyone[:, 2:].amax(0)])
 
     def compute_loss(
         self,

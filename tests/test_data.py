@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion import data
@@ -29,6 +29,7 @@ def parsed(tmp_path: Path, entries: dict) -> dict:
     return load(path).data
 
 
+@settings(deadline=None)  # the first example imports numpy
 @given(st.text(alphabet=st.sampled_from("ab \né€😀\r"), max_size=300), st.integers(1, 40))
 def test_pieces_tile_the_text_and_keep_to_their_size(text: str, size: int) -> None:
     pieces = data.cut(text, size)

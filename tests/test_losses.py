@@ -464,6 +464,30 @@ def test_a_batch_without_labels_still_reaches_the_head(setting, eager):
     assert loss == 0 and (of_hidden == 0).all() and (of_head == 0).all() and sums["labels"] == 0
 
 
+@pytest.mark.parametrize("labelled", [0, 1, 36])
+def test_the_head_runs_as_often_as_asked(setting, labelled):  # or ranks with fewer labels would leave others waiting
+    hidden, head, labels, rows_at = setting
+    labels = labels.masked_fill(torch.arange(N) >= 4 + labelled, -100)
+    rows, seen = truncated(logs(22, seed=8), K), []
+    results = []
+    for calls in (1, 7):
+        x, w = hidden.detach().requires_grad_(), head.detach().requires_grad_()
+        seen.append([])
+
+        def counted(s, w=w, seen=seen):
+            seen[-1].append(len(s))
+            return s @ w.T
+
+        loss, _ = chunked_loss(x, counted, labels, rows, None, forward_kl, 0.3, True, (36, 22), chunk=9,
+                               rows_at=rows_at, calls=calls)  # fmt: skip
+        forward = len(seen[-1])
+        loss.backward()
+        assert len(seen[-1]) == 2 * forward  # once more in backward
+        assert forward == max(calls, -(-labelled // 9))
+        results.append((loss.detach(), x.grad, w.grad))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("eager", [False, True], ids=["checkpointed", "eager"])
 def test_without_targets_it_is_the_language_model_loss(setting, eager):
     hidden, head, labels, _ = setting

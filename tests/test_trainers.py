@@ -124,7 +124,8 @@ class Bench:
         vars(self.model).pop("forward", None)
         objective = Objective(**(vars(self.objective) | changed))
         learn_in_forward(self.model, objective)
-        counts = torch.tensor([(batch["labels"][:, 1:] != -100).sum(), batch["target_at"].numel()])
+        labels = int((batch["labels"][:, 1:] != -100).sum())
+        counts = torch.tensor([labels, batch["target_at"].numel(), labels])
         return self.model(lesson=batch, counts=counts)
 
 

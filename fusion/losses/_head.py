@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ def chunked_loss(
     chunk: int = 256,
     rows_at: Tensor | None = None,  # (len(rows),) int64 ascending positions
     parameters: Sequence[Tensor] | None = None,  # of the head
+    calls: int = 1,  # of the head, at least
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, sums): the scalar to differentiate, and detached ce_sum, kd_sum, labels, targets of these positions.
 
@@ -40,6 +42,8 @@ def chunked_loss(
     A target at a position whose label is -100 is not used; positions without a label never reach the head.
     Without `parameters` chunks are checkpointed, and the head runs again in backward. Given `parameters`, all those the
     head uses, gradients are taken chunk by chunk in forward, which saves that run; sharded parameters cannot be given.
+    A sharded head gathers its weight at every call, on all ranks together: give `calls` the number that the rank with
+    the most positions needs, ceil(positions / chunk), and every rank makes as many.
     Raises ValueError for a temperature other than 1 on targets that are not whole or whose buckets join tokens.
     """
     groups = student_index if student_index is None or isinstance(student_index, Fold) else Fold.build(student_index)
@@ -54,9 +58,14 @@ def chunked_loss(
                 )
     n_labels, n_targets = (torch.as_tensor(c, device=hidden.device).clamp(min=1) for c in counts)
     kept = torch.nonzero(labels != IGNORED).squeeze(1)
-    if kept.numel() == 0:  # the head must run all the same: other ranks wait for its gradient
-        nothing = head(hidden[:1]).float().nan_to_num(0.0, 0.0, 0.0).sum() * 0.0
-        return nothing, sums_of(hidden.new_zeros(2, dtype=torch.float32), 0, 0)
+
+    def idle(states: Tensor) -> Tensor:
+        """A zero that went through the head: other ranks wait for the gathering of its weight and for its gradient."""
+        return head(states).float().nan_to_num(0.0, 0.0, 0.0).sum() * 0.0
+
+    if kept.numel() == 0:
+        nothing = [checkpointed(idle, hidden[:1]) for _ in range(max(calls, 1))]
+        return torch.stack(nothing).sum(), sums_of(hidden.new_zeros(2, dtype=torch.float32), 0, 0)
     if kept.numel() < labels.numel():
         hidden, labels = hidden[kept], labels[kept]
     at = rows_at
@@ -89,12 +98,14 @@ def chunked_loss(
     if parameters is not None and trained and torch.is_grad_enabled():
         loss, sums = EagerGradients.apply(part, chunk, hidden, *parameters)
         return loss, sums_of(sums, labels.numel(), n_used)
-    pieces = [
-        checkpoint(part, number, hidden[start : start + chunk], use_reentrant=False, preserve_rng_state=False)
-        for number, start in enumerate(starts)
-    ]
-    loss = torch.stack([piece[0] for piece in pieces]).sum()
+    pieces = [checkpointed(part, number, hidden[start : start + chunk]) for number, start in enumerate(starts)]
+    more = [checkpointed(idle, hidden[:1]) for _ in range(calls - len(pieces))]
+    loss = torch.stack([*(piece[0] for piece in pieces), *more]).sum()
     return loss, sums_of(torch.stack([piece[1] for piece in pieces]).sum(0), labels.numel(), n_used)
+
+
+def checkpointed(function: Callable[..., Any], *arguments: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def usable(rows: Rows, rows_at: Tensor | None, labels: Tensor) -> tuple[Rows, Tensor]:

@@ -24,6 +24,7 @@ def distill(
     loss: str | dict[str, Any] = "forward_kl",
     vocab: Literal["first_piece", "exact", "minimum_edit"] = "first_piece",
     direction: Literal["auto", "teacher", "student"] = "auto",
+    inner: bool = False,
     lm_weight: float = 0.5,
     lm_everywhere: bool = True,
     temperature: float = 1.0,
@@ -52,7 +53,7 @@ def distill(
     divergence, parameters = words.parse("losses", loss, f"{job.place}.loss")
 
     def lesson(tokenizer: Any, source: Path) -> tuple[Join, Objective]:
-        found = teachers(job, targets, tokenizer, source, vocab, direction)
+        found = teachers(job, targets, tokenizer, source, vocab, direction, inner)
         kind = mixed_kind([t.store.kind for t in found], rule, divergence, job.place)
         index = found[0].map.student_index
         objective = Objective(
