@@ -123,6 +123,11 @@ def arguments(kind: type[TrainingArguments], directory: Path, seed: int, train: 
     }
     args = kind(**(fields | dict(train)))
     args._n_gpu = min(args.n_gpu, 1)  # more devices come by launching more processes, never by torch's DataParallel
+    if is_deepspeed_zero3_enabled():
+        # Weights are sharded while they load, over the ranks DeepSpeed knows of: it has to know before there is a trainer.
+        import deepspeed
+
+        deepspeed.init_distributed(verbose=False)
     return args
 
 
@@ -265,7 +270,12 @@ def _forget(log: Path, step: int, rank: int) -> None:
 
 def save(trainer: Trainer, tokenizer: Any, directory: Path) -> None:
     """Writes the trained model (safetensors) and tokenizer; rank 0 removes the training checkpoints."""
-    trainer.save_model(str(directory))
+    if trainer.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
+        # Every rank holds all weights, but the trainer would clone each and so write tied ones twice.
+        if trainer.args.should_save:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(directory)
+    else:
+        trainer.save_model(str(directory))
     if trainer.args.should_save:
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it stands in step.json
         if not list(directory.glob("*.safetensors")):
