@@ -21,14 +21,40 @@ def first_pieces(source: Any, target: Any) -> np.ndarray:
 
     The piece is the first token of the target's own encoding of the bytes; its bytes begin those bytes (for a target
     that lower-cases or normalises: begin them so changed). A part of a character, which cannot be encoded, goes to the
-    longest piece it begins with. Special tokens go to the special token of the same role or spelling, or to -1.
+    longest piece it begins with. White space is encoded before a word, since tokenizers leave the last of it to the
+    word: a run of two spaces is one space and " word" elsewhere. Special tokens go to the special token of the same
+    role or spelling, or to -1.
     """
     give = pieces(source)
     result = np.full(len(give.text), -1, np.int64)
     known = [(index, data) for index, data in enumerate(give.text) if data]
     result[[index for index, _ in known]] = encoded_firsts([data for _, data in known], target)
+    take = pieces(target)
+    for index, first in before_a_word(source, target).items():
+        if _chosen(take, (first,), give.text[index] or b"") >= 0:
+            result[index] = first
     for index, counterpart in specials(source, target).items():
         result[index] = counterpart
+    return result
+
+
+def before_a_word(source: Any, target: Any) -> dict[int, int]:
+    """White-space ids of `source` -> the white space that `target` begins with where a word follows; it may be longer.
+
+    The word is put so that the source itself begins with that very token: right after it, or after one more space.
+    """
+    give, take = pieces(source), pieces(target)
+    sides = [mid_text(fast(tokenizer)) or fast(tokenizer) for tokenizer in (source, target)]
+    runs = [(i, d) for i, d in enumerate(give.text) if d and d.decode("utf-8", "replace").isspace()]
+    result: dict[int, int] = {}
+    for word in (" a", "a"):  # where the source allows both, the word right after counts
+        texts = [data.decode() + word for _, data in runs]
+        ours, theirs = (_first_ids(side, texts) for side in sides)
+        for (index, data), own, first in zip(runs, ours, theirs, strict=True):
+            if own >= 0 and first >= 0 and give.text[own] == data and (piece := take.text[first]):
+                nested = data.startswith(piece) or piece.startswith(data)
+                if nested and piece.decode("utf-8", "replace").isspace():
+                    result[index] = first
     return result
 
 

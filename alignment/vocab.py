@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alignment._edit import exact_ids, nearest_ids
-from alignment._first import first_pieces, specials
+from alignment._first import before_a_word, first_pieces, specials
 from alignment._pieces import pieces
 from alignment._project import project_rows
 
@@ -69,6 +69,13 @@ class VocabMap:
         order = _by_length(student_tokenizer)
         if direction == "student":
             return _map(*_upwards(down, up, order), sizes)
+        # runs of white space correspond one to one before a word, the longer to the shorter or the other way round
+        for table, sides in (
+            (down, (teacher_tokenizer, student_tokenizer)),
+            (up, (student_tokenizer, teacher_tokenizer)),
+        ):
+            for index, first in before_a_word(*sides).items():
+                table[index] = first
         return _map(*_components(down, up, order), sizes)
 
     @classmethod

@@ -124,7 +124,7 @@ def arguments(kind: type[TrainingArguments], directory: Path, seed: int, train: 
     args = kind(**(fields | dict(train)))
     args._n_gpu = min(args.n_gpu, 1)  # more devices come by launching more processes, never by torch's DataParallel
     if is_deepspeed_zero3_enabled():
-        # Weights are sharded while they load, over the ranks DeepSpeed knows of: it has to know before there is a trainer.
+        # Weights are sharded while they load, over the ranks that DeepSpeed knows of, before there is a trainer.
         import deepspeed
 
         deepspeed.init_distributed(verbose=False)

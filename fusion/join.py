@@ -177,8 +177,9 @@ def between(heard: Heard, inner: Inner, windows: "Windows", piece: Piece, said: 
 
 
 def quality(said: DocumentTargets) -> tuple[float, float]:
-    """Nats per byte and nats per token of a teacher on a document."""
-    nats, tokens = float(np.nansum(said.nll)), int(np.isfinite(said.nll).sum())
+    """Nats per byte and nats per token of a teacher on a document's text; its end token is not text."""
+    nll = said.nll[:-1] if len(said.ends) > 1 and said.ends[-1] == said.ends[-2] else said.nll
+    nats, tokens = float(np.nansum(nll)), int(np.isfinite(nll).sum())
     return nats / max(int(said.ends[-1]), 1), nats / max(tokens, 1)
 
 

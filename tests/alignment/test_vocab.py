@@ -21,6 +21,7 @@ ALL = (*KINDS, "nfkc_byte_level", "digits", "legacy_llama")
 # tokenizers that keep every byte: for these V3 holds on the bytes as they are
 LOSSLESS = ("byte_level", "bytes", "digits", "metaspace", "legacy_llama")
 PAIRS = list(product(ALL, ALL))
+LETTERS = list("theonam")
 DIRECTIONS = ("teacher", "student", "auto")
 
 
@@ -215,10 +216,20 @@ def test_parts_of_characters_go_to_the_longest_piece_they_begin_with() -> None:
     assert all(token_bytes(student)[int(m.index[index])] == data[:1] for index, data in parts)
 
 
+def test_runs_of_white_space_leave_their_last_space_to_the_word() -> None:
+    """GPT-2's splitting cuts two spaces and a word into " ", " word"; SentencePiece may cut them into "  ", "word"."""
+    student = train("byte_level")
+    teacher = byte_bpe(["Ġ", *LETTERS, "ĠĠ"], [("Ġ", "Ġ")])
+    assert student.encode("  the").ids[0] == student.token_to_id("Ġ") and student.token_to_id("ĠĠ") is not None
+    two, one = teacher.token_to_id("ĠĠ"), student.token_to_id("Ġ")
+    assert int(VocabMap.first_piece(teacher, student, "teacher").index[two]) == one
+    m = VocabMap.first_piece(teacher, student, "auto")
+    assert int(m.index[two]) == int(m.student_index[one])
+
+
 # Planted sources: continuations with known probabilities; the true next-token distribution of a tokenizer is the
 # distribution of the first token of its own encoding.
 
-LETTERS = list("theonam")
 FINE = byte_bpe(LETTERS, [])
 COARSE = byte_bpe([*LETTERS, "th", "to", "the", "then"], [("t", "h"), ("t", "o"), ("th", "e"), ("the", "n")])
 WITH_THE = byte_bpe([*LETTERS, "th", "the"], [("t", "h"), ("th", "e")])
@@ -446,4 +457,4 @@ def test_real_projections_agree_on_what_comes_next(real) -> None:
         i, j = np.searchsorted(ends_s, shared), np.searchsorted(ends_t, shared)
         agreed += int((m.student_index[ids_s[i + 1]] == m.index[ids_t[j + 1]]).sum())
         total += len(shared)
-    assert agreed / total > 0.95
+    assert agreed / total > 0.97
