@@ -40,8 +40,8 @@ SAVED = "saved"  # the file a rank leaves in a checkpoint it has finished
 class Journal(TrainerCallback):
     """Writes what the trainer logs to the step's log.jsonl and moves the progress bar."""
 
-    def __init__(self, log: Callable[..., None], advance: Callable[[int], None], tokens_per_step: float):
-        self.log, self.advance, self.tokens_per_step = log, advance, tokens_per_step
+    def __init__(self, job: "Job", advance: Callable[[int], None], tokens_per_step: float):
+        self.log, self.place, self.advance, self.tokens_per_step = job.log, job.place, advance, tokens_per_step
         self.trainer: Trainer | None = None
         self.clock, self.at = time.perf_counter(), 0
 
@@ -54,6 +54,12 @@ class Journal(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         record = dict(logs or {})
+        for name in ("loss", "grad_norm"):
+            if name in record and not math.isfinite(record[name]):
+                raise ValueError(
+                    f"{self.place}: the {name} is {record[name]} at step {state.global_step}; a lower learning_rate or "
+                    f"a warm-up usually helps (checkpoints before it are kept)"
+                )
         trainer = self.trainer
         if isinstance(trainer, DistillTrainer) and trainer.sums is not None:
             lm, target, labels, targets = trainer.accelerator.reduce(trainer.sums, "sum").tolist()
@@ -118,6 +124,7 @@ def arguments(kind: type[TrainingArguments], directory: Path, seed: int, train: 
         "logging_steps": 10,
         "logging_first_step": True,
         "save_total_limit": 2,
+        "logging_nan_inf_filter": False,
         "ddp_find_unused_parameters": False,
         "seed": seed,
     }
@@ -177,6 +184,8 @@ def learn(
         job.wait,
     )
     join, objective = lesson(tokenizer, source) if lesson else (None, None)
+    if join is not None:
+        join.check(rows, job.place)
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     with fresh_state():
         args = arguments(TrainingArguments, job.directory, job.seed, train)
@@ -248,7 +257,7 @@ def fit(job: "Job", trainer: Trainer, tokens_per_step: float) -> None:
     epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
     with job.progress(steps, job.name) as bar:
-        journal = Journal(job.log, bar.advance, tokens_per_step * args.gradient_accumulation_steps)
+        journal = Journal(job, bar.advance, tokens_per_step * args.gradient_accumulation_steps)
         journal.trainer = trainer
         trainer.remove_callback(PrinterCallback)  # log.jsonl has it
         for callback in (journal, Saved()):

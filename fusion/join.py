@@ -119,6 +119,22 @@ class Join:
             "tail_bits": fused.tail.float().contiguous().view(torch.int32),
         }
 
+    def check(self, windows: "Windows", place: str) -> None:
+        """ValueError when a teacher has not one target for these rows: then there is nothing to learn from it."""
+        for teacher in self.teachers:
+            read = [digest for digest in windows.digests if digest in teacher.store]
+            if not read:
+                raise ValueError(
+                    f"{place}.targets: '{teacher.name}' has read none of the {len(windows.digests)} documents; "
+                    f"record it on the same data, with the same max_bytes"
+                )
+            heard = (self.hear(teacher, windows, piece) for row in windows.rows for piece in row)
+            if not any(said is not None and len(said.rows) for said in heard):
+                raise ValueError(
+                    f"{place}.targets: the tokens of '{teacher.name}' and of the student share no byte boundary in any "
+                    f"of {len(read)} documents, so that no target can be used"
+                )
+
     def hear(self, teacher: Teacher, windows: "Windows", piece: Piece) -> Heard | None:
         """What the store has for the learnt tokens of a piece, None when it has not read the document."""
         digest = windows.digests[piece.document]
