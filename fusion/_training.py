@@ -194,7 +194,8 @@ def learn(
         if peft:
             network = adapted(network, peft)
         if objective is not None:
-            learn_in_forward(network, replace(objective, eager=not is_deepspeed_zero3_enabled() and not args.fsdp))
+            eager = not is_deepspeed_zero3_enabled() and not args.fsdp
+            learn_in_forward(network, replace(objective, eager=eager, fold=objective.fold.to(args.device)))
         kind = Trainer if objective is None else DistillTrainer
         trainer = kind(model=network, args=args, train_dataset=rows, data_collator=Collator(rows, fill, join))
         fit(job, trainer, tokens_per_step=rows.tokens / len(rows) * args.train_batch_size * args.world_size)

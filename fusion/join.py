@@ -24,18 +24,28 @@ Rule = Callable[..., Rows]
 
 @dataclass(frozen=True)
 class Teacher:
-    """One store and the map from its vocabulary to the buckets that all teachers of this student share."""
+    """One store and the map from its vocabulary to buckets, which are numbered from `first` on."""
 
     name: str
     store: Store
     map: VocabMap
+    first: int = 0
     inner: Inner | None = None  # to draw on what it said inside its own tokens, too
 
 
 def teachers(
-    job: "Job", names: Sequence[str], tokenizer: Any, student: Path, vocab: str, direction: str, inner: bool
+    job: "Job",
+    names: Sequence[str],
+    tokenizer: Any,
+    student: Path,
+    vocab: str,
+    direction: str,
+    inner: bool,
+    common: bool,
 ) -> list[Teacher]:
-    """The stores of a distill step, each with the map of its vocabulary into buckets that all of them share.
+    """The stores of a distill step, each with the map of its vocabulary into buckets.
+
+    With `common` these are the same for all teachers, else each has its own, numbered one after the other.
 
     `vocab` is a constructor of VocabMap, `direction` is for first_piece; `inner` asks for targets inside their tokens.
     Raises ValueError where that is asked of truncated targets: what goes on from a prefix may be in their tails.
@@ -53,15 +63,16 @@ def teachers(
         else:
             build = {"exact": VocabMap.exact, "minimum_edit": VocabMap.minimum_edit}[vocab]
             maps.append(build(theirs, tokenizer, **sizes))
-    joined = VocabMap.join(maps) if len(maps) > 1 else maps
+    if common and len(maps) > 1:
+        maps = VocabMap.join(maps)
     found = []
-    for name, store, map in zip(names, stores, joined, strict=True):
+    for m, (name, store, map) in enumerate(zip(names, stores, maps, strict=True)):
         if inner and store.kind == "truncated":
             raise ValueError(
                 f"{job.place}.inner: {name} holds truncated targets; record draws, or the whole distribution"
             )
         inside = Inner(load_tokenizer(store.tokenizer), tokenizer, map.student_index) if inner else None
-        found.append(Teacher(name, store, map, inside))
+        found.append(Teacher(name, store, map, 0 if common else m * map.size, inside))
     return found
 
 
@@ -108,7 +119,7 @@ class Join:
             at.append(base + union)
             scores.append(np.repeat(score, len(union), axis=2))
         positions, quality = np.concatenate(at), torch.from_numpy(np.concatenate(scores, axis=2))
-        each = [gather(positions, h, t.store.kind, t.map.size) for h, t in zip(heard, self.teachers, strict=True)]
+        each = [gather(positions, h, teacher) for h, teacher in zip(heard, self.teachers, strict=True)]
         fused = self.rule(each, quality[0], quality[1], **self.parameters)
         teaches = fused.present & (fused.ids >= 0).any(1)  # the language-model loss stays whole everywhere else
         fused = fused.select(teaches)
@@ -199,12 +210,12 @@ def quality(said: DocumentTargets) -> tuple[float, float]:
     return nats / max(int(said.ends[-1]), 1), nats / max(tokens, 1)
 
 
-def gather(positions: np.ndarray, heard: Sequence[tuple[int, Heard]], kind: str, size: int) -> Rows:
+def gather(positions: np.ndarray, heard: Sequence[tuple[int, Heard]], teacher: Teacher) -> Rows:
     """One teacher's entries at the batch's positions (N,) ascending: equal buckets added, padded to the widest row.
 
     Mass of entries without a counterpart among the student's buckets joins the tail.
     """
-    n = len(positions)
+    n, size = len(positions), teacher.map.size
     tail, present = np.full(n, -np.inf, np.float64), np.zeros(n, bool)
     rows, buckets, masses = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
     for base, said in heard:
@@ -219,7 +230,7 @@ def gather(positions: np.ndarray, heard: Sequence[tuple[int, Heard]], kind: str,
         tail = np.logaddexp(tail, np.log(np.bincount(row[lost], weights=masses_all[lost], minlength=n)))
     key, inverse = np.unique(row[~lost] * size + bucket[~lost], return_inverse=True)
     mass = np.bincount(inverse, weights=masses_all[~lost], minlength=len(key))
-    row, bucket = key // size, key % size
+    row, bucket = key // size, teacher.first + key % size
     counts = np.bincount(row, minlength=n)
     column = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
     width = int(counts.max(initial=0))
@@ -230,6 +241,6 @@ def gather(positions: np.ndarray, heard: Sequence[tuple[int, Heard]], kind: str,
         ids=torch.from_numpy(ids),
         log_probs=torch.from_numpy(log_probs),
         tail=torch.from_numpy(tail.astype(np.float32)),
-        kind=kind,
+        kind=teacher.store.kind,
         present=torch.from_numpy(present),
     )

@@ -20,7 +20,7 @@ class Objective:
 
     divergence: Callable[..., torch.Tensor]
     kind: str  # of the targets: sampled, truncated or whole
-    fold: Fold | None
+    fold: Fold
     lm_weight: float
     lm_everywhere: bool
     temperature: float

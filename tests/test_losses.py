@@ -1,6 +1,7 @@
 """Laws of the divergences and of the chunked head, against dense formulas in float64."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -560,3 +561,24 @@ def test_no_tensor_of_all_positions_and_tokens(kind, eager):  # L7
     with Largest() as seen:  # the hook sees a full tensor where there is one
         F.cross_entropy(setting[0] @ setting[1].T, setting[2])
     assert seen.numel == n * width
+
+
+def test_partitions_side_by_side_give_what_each_gives_alone() -> None:
+    hidden, weight, labels = torch.randn(6, 5), torch.randn(7, 5), torch.randint(0, 7, (6,))
+    coarse, fine = Fold.build(torch.tensor([0, 0, 2, 2, 4, 5, 6])), Fold.build(torch.arange(7))
+    rows = Rows(
+        torch.tensor([[0, 2], [4, -1]] * 3),
+        torch.log(torch.tensor([[0.25, 0.75], [1.0, 0.0]] * 3)),
+        torch.full((6,), -math.inf),
+        "sampled",
+        torch.ones(6, dtype=torch.bool),
+    )
+    second = torch.tensor([False, True] * 3)
+
+    def loss(rows: Rows, fold: Fold) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return chunked_loss(hidden, lambda h: h @ weight.T, labels, rows, fold, forward_kl, 0.5, True, (6, 6))
+
+    apart = [loss(replace(rows, present=second == part), fold)[1]["kd_sum"] for part, fold in enumerate((coarse, fine))]
+    shifted = replace(rows, ids=torch.where((rows.ids >= 0) & second[:, None], rows.ids + 7, rows.ids))
+    together = loss(shifted, Fold.cat([coarse, fine]))[1]["kd_sum"]
+    torch.testing.assert_close(together, apart[0] + apart[1])

@@ -8,6 +8,7 @@ from fusion.fuse._x import common_kind, pick_rows, scores, taking_part
 from fusion.losses._rows import Rows
 
 TARGETS = ("sampled", "truncated", "whole")
+SELECTS = True  # a row is one teacher's as it stands: teachers need no common buckets, each keeps its finest
 
 
 def min_ce(

@@ -118,6 +118,16 @@ class Fold:
         moved = (student_index >= 0) & (student_index != columns)
         return Fold(counts.cumsum(0) - counts, counts, members, moved, not bool(moved.any()))
 
+    @staticmethod
+    def cat(parts: Sequence[Fold]) -> Fold:
+        """One numbering for the buckets of several partitions: those of part m follow the ids of the parts before."""
+        if len(parts) == 1:
+            return parts[0]
+        before = [sum(part.members.numel() for part in parts[:m]) for m in range(len(parts))]
+        starts = torch.cat([part.starts + offset for part, offset in zip(parts, before, strict=True)])
+        counts, members = torch.cat([part.counts for part in parts]), torch.cat([part.members for part in parts])
+        return Fold(starts, counts, members, parts[0].moved, plain=False)
+
     def to(self, device: torch.device | str) -> Fold:
         starts, counts, members, moved = (x.to(device) for x in (self.starts, self.counts, self.members, self.moved))
         return Fold(starts, counts, members, moved, self.plain)

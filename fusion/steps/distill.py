@@ -27,7 +27,6 @@ def distill(
     inner: bool = False,
     lm_weight: float = 0.5,
     lm_everywhere: bool = True,
-    temperature: float = 1.0,
     max_length: int = 512,
     chunk: int = 256,
     pack: bool = True,
@@ -51,15 +50,17 @@ def distill(
         raise ValueError(f"{job.place}.lm_weight: {lm_weight} is not a share; it goes from 0 to 1")
     rule, rule_parameters = words.parse("fuse", fuse, f"{job.place}.fuse")
     divergence, parameters = words.parse("losses", loss, f"{job.place}.loss")
+    temperature = parameters.pop("temperature", 1.0)  # tempers the logits, which the divergence sees afterwards
 
     def lesson(tokenizer: Any, source: Path) -> tuple[Join, Objective]:
-        found = teachers(job, targets, tokenizer, source, vocab, direction, inner)
+        common = not words.find("fuse", rule).constants.get("SELECTS", False)
+        found = teachers(job, targets, tokenizer, source, vocab, direction, inner, common)
         kind = mixed_kind([t.store.kind for t in found], rule, divergence, job.place)
-        index = found[0].map.student_index
+        folds = [Fold.build(teacher.map.student_index) for teacher in (found[:1] if common else found)]
         objective = Objective(
             partial(words.load("losses", divergence), **parameters),
             kind,
-            Fold.build(index),
+            Fold.cat(folds),
             lm_weight,
             lm_everywhere,
             temperature,
