@@ -96,6 +96,7 @@ def digest(ref: "DataRef", base: Path, hash_file: Callable[[Path], str], lookup:
         "format": ref.format,
         "split": ref.split,
         "column": ref.column,
+        "shuffle": ref.shuffle,
         "max_bytes": ref.max_bytes,
     }
     if ref.mix:

@@ -129,7 +129,9 @@ def test_the_digest_follows_the_bytes_and_the_fields(tmp_path: Path) -> None:
 
     (tmp_path / "a.txt").write_text(TEXT)
     before = key()
-    assert before == key() != key(split="train[:50%]") != key(max_bytes=77)
+    changed = [key(split="train[:50%]"), key(max_bytes=77), key(shuffle=0), key(shuffle=1)]
+    assert before == key()
+    assert len({before, *changed}) == 5
     (tmp_path / "a.txt").write_text(TEXT + ".")
     assert key() != before
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 LIMIT = 1.2
 CHUNK = 256
+sys.path.insert(0, str(Path(__file__).parents[2]))
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 SHAPE = {
     "model_type": "llama",
