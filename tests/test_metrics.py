@@ -2,7 +2,7 @@
 
 import json
 import math
-import threading
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -343,11 +343,13 @@ def test_ranks_share_the_work(job, tmp_path):
     expected = read(job)
     (tmp_path / "two").mkdir()
     ranks = [replace(job, directory=tmp_path / "two", rank=rank, world=2) for rank in range(2)]
-    threads = [threading.Thread(target=step.evaluate, args=(one,), kwargs=ASKED) for one in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    # processes, as ranks are: transformers' loading is not safe in threads
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=step.evaluate, args=(one,), kwargs=ASKED) for one in ranks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
     assert read(ranks[0]) == expected
 
 
