@@ -272,10 +272,10 @@ def fit(job: "Job", trainer: Trainer, tokens_per_step: float) -> None:
 
 
 def _forget(log: Path, step: int, rank: int) -> None:
-    """Drops what was logged after the checkpoint that training goes on from."""
+    """Drops what was logged after the checkpoint that training goes on from, and a line that a kill cut off."""
     if rank == 0 and log.exists():
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log.write_text("".join(f"{line}\n" for line in kept))
+        whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
 def save(trainer: Trainer, tokenizer: Any, directory: Path) -> None:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alignment.vocab import VocabMap
 from fusion import run
 from fusion._keys import cache_directory
-from fusion._training import packs
+from fusion._training import _forget, packs
 from fusion.data import documents, encode
 from fusion.fuse.min_ce import min_ce
 from fusion.job import resolve_model
@@ -262,3 +262,10 @@ def test_kill_and_the_same_command_give_the_same_model(trained: Path, tmp_path: 
         for folder in (tmp_path / "straight", broken)
     ]
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+
+
+def test_a_log_line_that_a_kill_cut_off_is_dropped(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 4}\n{"step": 5}\n{"step": 6, "lo')
+    _forget(log, 4, rank=0)
+    assert log.read_text() == '{"step": 4}\n'
