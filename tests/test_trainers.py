@@ -269,3 +269,28 @@ def test_a_log_line_that_a_kill_cut_off_is_dropped(tmp_path: Path) -> None:
     log.write_text('{"step": 4}\n{"step": 5}\n{"step": 6, "lo')
     _forget(log, 4, rank=0)
     assert log.read_text() == '{"step": 4}\n'
+
+
+def test_adapters_join_the_weights_and_sft_trains(tmp_path: Path) -> None:
+    train = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
+    peft = {"r": 2, "target_modules": ["c_attn"]}
+    sft = {"out": "sft", "model": "student", "data": "text", "algorithm": "sft", "max_length": 128, "train": train}
+    start = {
+        "tune": {
+            "out": "start",
+            "model": "student",
+            "data": "text",
+            "max_length": 96,
+            "train": train | {"learning_rate": 0.0},
+        }
+    }
+    steps = [RECIPE["steps"][0], start, distill("adapted", peft=peft, train=train), {"tune": sft}]
+    (tmp_path / "r.yaml").write_text(json.dumps(RECIPE | {"steps": steps}))
+    assert run.main([str(tmp_path / "r.yaml"), "--out", str(tmp_path / "runs")]) == 0
+    runs = tmp_path / "runs" / "r"
+    before, after = weights(runs / "start"), weights(runs / "adapted")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all("c_attn.weight" in name for name in moved)
+    assert apart(runs / "start", runs / "sft") > 1e-4
+    assert load_model(runs / "adapted").config.use_cache and load_model(runs / "sft").config.use_cache
