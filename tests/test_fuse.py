@@ -66,8 +66,10 @@ def scores(m, seed=0):
 def test_one_teacher_is_itself(name, kind):  # F1, alone and where the other has no target
     one, two = teacher(kind, 1), teacher(kind, 2, missing=range(N))
     same(RULES[name]([one], *scores(1)), one)
-    same(RULES[name]([one, two], *scores(2)), one)
-    same(RULES[name]([two, one], *scores(2)), one)
+    per_byte, per_token = scores(2)
+    unread = torch.tensor([[0.0], [math.nan]])  # a teacher that did not read the window has no score
+    same(RULES[name]([one, two], per_byte + unread, per_token + unread), one)
+    same(RULES[name]([two, one], per_byte + unread.flip(0), per_token + unread.flip(0)), one)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -100,7 +102,7 @@ def test_all_weight_on_one_teacher_gives_that_teacher(name, kind):  # F4
 @pytest.mark.parametrize("kind", ["sampled", "truncated", "whole"])
 @pytest.mark.parametrize("unit", ["byte", "token"])
 def test_cold_average_is_the_minimum(kind, unit):  # F4
-    three = [teacher(kind, s, missing=[s]) for s in (1, 2, 3)]
+    three = [teacher(kind, s) for s in (1, 2, 3)]
     s = scores(3)
     same(avg_ce(three, *s, unit=unit, temperature=1e-6), min_ce(three, *s, unit=unit))
 
@@ -239,8 +241,9 @@ def test_min_ce_by_hand():
     per_byte[:, 2] = torch.tensor([0.5, math.nan, 0.4])
     per_byte[:, 3] = math.nan
     fused = min_ce(three, per_byte, torch.ones(3, N))
-    chosen = [2, 0, 2, 0] + [1] * (N - 4)
-    for t, m in enumerate(chosen):
+    assert fused.present.tolist() == [False] + [True] * (N - 1)  # the best has no target there, and no worse one steps in
+    chosen = [0, 2, 0] + [1] * (N - 4)
+    for t, m in enumerate(chosen, 1):
         assert torch.equal(fused.ids[t], three[m].ids[t]) and torch.equal(fused.log_probs[t], three[m].log_probs[t])
         assert fused.tail[t] == three[m].tail[t]
     by_token = min_ce(three, per_byte, per_byte.flip(0), unit="token")

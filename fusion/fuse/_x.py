@@ -57,13 +57,13 @@ def positive(rule: str, parameter: str, given: float) -> None:
 
 
 def scores(rule: str, rows: Sequence[Rows], nats_per_byte: Tensor, nats_per_token: Tensor, unit: str) -> Tensor:
-    """(M, N) float64 nats per byte or per token, inf where the teacher has no target or no score."""
+    """(M, N) float64 nats per byte or per token, inf where the teacher has no score: it did not read the window."""
     choice(rule, "unit", unit, UNITS)
     given = (nats_per_byte if unit == "byte" else nats_per_token).double()
     expected = (len(rows), len(rows[0]))
     if given.shape != expected:
         raise ValueError(f"{rule} needs scores of shape (teachers, positions) = {expected}, got {tuple(given.shape)}")
-    return torch.where(taking_part(rows) & ~given.isnan(), given, INF)
+    return torch.where(given.isnan(), INF, given)
 
 
 def static(rule: str, rows: Sequence[Rows], weights: Sequence[float] | None) -> Tensor:

@@ -1,7 +1,8 @@
-"""MinCE of FuseLLM: the teacher that predicts the text best (Wan et al. 2024, arXiv:2401.10491)."""
+"""MinCE of FuseLLM: the teacher that predicts the window best, or nobody (Wan et al. 2024, arXiv:2401.10491)."""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fusion.fuse._x import common_kind, pick_rows, scores, taking_part
@@ -18,11 +19,13 @@ def min_ce(
     *,
     unit: str = "byte",
 ) -> Rows:
-    """At each position the row of the teacher with the least cross-entropy of those that have a target there.
+    """At each position the row of the teacher with the least cross-entropy of the window.
 
-    `unit: token` is the paper's rule, which favours finer tokenizers; ties go to the teacher listed first.
+    Where that teacher has no target nobody speaks for it: a worse one would teach what the best one corrects. `unit:
+    token` is the paper's rule, which favours finer tokenizers. Of equals the first that has a target is taken.
     """
     kind = common_kind("min_ce", rows, TARGETS)
     score = scores("min_ce", rows, nats_per_byte, nats_per_token, unit)
-    candidate = taking_part(rows) & (score == score.amin(0))
-    return pick_rows(rows, candidate.long().argmax(0), kind)
+    best = score == score.amin(0)
+    chosen = best & taking_part(rows)
+    return pick_rows(rows, torch.where(chosen.any(0), chosen.long().argmax(0), best.long().argmax(0)), kind)
