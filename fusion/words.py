@@ -151,7 +151,8 @@ def _dotted(word: str) -> Path | None:
     places: list[str] | None = None
     parts = word.split(".")
     for depth in range(1, len(parts) + 1):
-        spec = PathFinder.find_spec(".".join(parts[:depth]), places)
+        # by the last part alone: a folder without __init__.py would look for its parent among the imported modules
+        spec = PathFinder.find_spec(parts[depth - 1], places)
         if spec is None:
             return None
         places = list(spec.submodule_search_locations or [])

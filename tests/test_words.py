@@ -38,6 +38,12 @@ def lab(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def test_a_dotted_word_may_lie_in_a_folder_without_init(lab):
+    (lab / "my_lab" / "bench" / "deep").mkdir(parents=True)
+    (lab / "my_lab" / "bench" / "deep" / "ties2.py").write_text(METHOD)
+    assert words.find("merge", "my_lab.bench.deep.ties2").file == lab / "my_lab" / "bench" / "deep" / "ties2.py"
+
+
 def test_a_dotted_word_is_read_and_not_imported(lab):
     word = words.find("merge", "my_lab.ties2")
     assert word.file == lab / "my_lab" / "ties2.py" and word.module == "my_lab.ties2"
