@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion._architectures import known
 from fusion._files import HEX, Header, config_of, file_digest, header, stamp, tensor_files
 
 if TYPE_CHECKING:
@@ -125,10 +126,10 @@ def _check_directory(place: str, directory: Path) -> None:
             )
         raise ValueError(f"{place}: no *.safetensors in {directory}")
     config = config_of(directory)
-    if "auto_map" in config:
+    if "auto_map" in config and not known(str(config.get("model_type"))):
         raise ValueError(
-            f"{place}: {directory}/config.json asks for code of its own (auto_map), which is never run here; "
-            "use an architecture that transformers knows"
+            f"{place}: {directory}/config.json asks for code of its own (auto_map), which is never run here, and "
+            f"transformers has none for {config.get('model_type')!r}; use an architecture that it knows"
         )
     _check_vocabulary(place, directory, config)
     header(directory)

@@ -250,9 +250,18 @@ def test_pickled_weights_get_the_converting_command(copy):
 
 def test_code_of_the_checkpoint_is_refused(copy):
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "x.Y"}}))
-    with pytest.raises(ValueError, match="auto_map"):
+    remote = {"auto_map": {"AutoConfig": "x.X", "AutoModelForCausalLM": "x.Y"}}
+    (copy / "config.json").write_text(json.dumps({**config, **remote, "model_type": "my_own"}))
+    with pytest.raises(ValueError, match="auto_map.*never run.*none for 'my_own'"):
         local(copy)
+
+
+def test_code_of_the_checkpoint_is_not_run_where_transformers_has_its_own(copy):
+    config = json.loads((copy / "config.json").read_text())
+    remote = {"auto_map": {"AutoConfig": "x.X", "AutoModelForCausalLM": "x.Y"}}
+    (copy / "config.json").write_text(json.dumps({**config, **remote}))
+    (copy / "x.py").write_text("raise SystemExit('the checkpoint ran its code')")
+    assert type(sources.load_model(local(copy))).__module__.startswith("transformers.models.")
 
 
 def test_a_tokenizer_larger_than_the_head(copy):
