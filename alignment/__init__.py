@@ -6,4 +6,54 @@ imports `fusion`.
 * `alignment.tokens`: the bytes each token of a text covers, and the byte boundaries two tokenizations share;
   needs NumPy and `tokenizers` only.
 * `alignment.vocab`: one vocabulary into another, and distributions over one projected onto the other.
+* `alignment.spaces`, `alignment.maps`: the unit spaces of a network with their exact symmetries, and maps between two
+  networks' units; `alignment.families` has them by `config.model_type`.
+* `alignment.align`: which unit of a donor is which of a target.
+
+`align`, `find_family`, `fold`, `unfold`, `verify`, `Maps`, `Space`, `Spaces` can be imported from here; a module is
+loaded when its name is first asked for.
 """
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignment.align import align
+    from alignment.families import find_family
+    from alignment.fold import fold, unfold
+    from alignment.maps import Maps
+    from alignment.spaces import Space, Spaces
+    from alignment.verify import verify
+
+_HOMES = {
+    "align": "alignment.align",
+    "find_family": "alignment.families",
+    "fold": "alignment.fold",
+    "unfold": "alignment.fold",
+    "verify": "alignment.verify",
+    "Maps": "alignment.maps",
+    "Space": "alignment.spaces",
+    "Spaces": "alignment.spaces",
+}
+__all__ = ["Maps", "Space", "Spaces", "align", "find_family", "fold", "unfold", "verify"]
+
+
+class _Package(ModuleType):
+    """`alignment.fold` is the function, also after its module of the same name was imported, which would hide it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in _HOMES:
+            value = vars(value)[name]
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'alignment' has no attribute '{name}'")
+        value = vars(importlib.import_module(_HOMES[name]))[name]
+        setattr(self, name, value)
+        return value
+
+
+sys.modules[__name__].__class__ = _Package

@@ -22,6 +22,8 @@ from tokenizers import Tokenizer, models
 # WordPiece drops the space before a word. These, alone, usually follow the word before them without one.
 _CLOSING = frozenset(".,;:!?)]}%'’”")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# A spelling with this private-use character in front is decoded without it and never produced (alignment/union.py).
+APART = "\ue0f2"
 
 # A role is what a special token is for; its spelling differs from model to model. First spelling present wins.
 _SPELLINGS = {
@@ -129,12 +131,12 @@ def _pieces(tokenizer: Tokenizer, size: int) -> Pieces:
     spelling: list[str | None] = [None] * total
     for string, index in vocabulary.items():
         spelling[index] = string
-    convert = _converter(tokenizer)
+    convert = converter(tokenizer)
     literal = [b"" if string is None else convert(string) for string in spelling]
     special = set(_unknown(tokenizer))
     for index in special:
         literal[index] = b""
-    space = _space_mark(tokenizer)
+    space = space_mark(tokenizer)
     for index, token in tokenizer.get_added_tokens_decoder().items():
         literal[index] = token.content.encode() if token.special else token.content.replace(space, " ").encode()
         if token.special:
@@ -161,7 +163,7 @@ def _falls_back(tokenizer: Tokenizer) -> bool:
     return "ByteFallback" in decoders or (isinstance(tokenizer.model, models.BPE) and tokenizer.model.byte_fallback)
 
 
-def _space_mark(tokenizer: Tokenizer) -> str:
+def space_mark(tokenizer: Tokenizer) -> str:
     """The character that stands for a space (U+2581 by custom), or a space where none does."""
     for part in parts(tokenizer.decoder) + parts(tokenizer.pre_tokenizer):
         if part["type"] == "Metaspace":
@@ -175,8 +177,13 @@ def _space_mark(tokenizer: Tokenizer) -> str:
     return " "
 
 
-def _converter(tokenizer: Tokenizer) -> Any:
+def converter(tokenizer: Tokenizer) -> Any:
     """The function from a spelling in the vocabulary to the bytes of text it stands for."""
+    plain = _converter(tokenizer)
+    return lambda string: plain(string.removeprefix(APART))
+
+
+def _converter(tokenizer: Tokenizer) -> Any:
     model = tokenizer.model
     seen = {
         part["type"] for part in parts(tokenizer.decoder) + parts(tokenizer.pre_tokenizer) + parts(tokenizer.normalizer)
@@ -188,7 +195,7 @@ def _converter(tokenizer: Tokenizer) -> Any:
     if isinstance(model, models.WordPiece | models.WordLevel):
         prefix = model.continuing_subword_prefix if isinstance(model, models.WordPiece) else ""
         return lambda string: _word(string, prefix)
-    space = _space_mark(tokenizer)
+    space = space_mark(tokenizer)
     falls_back = _falls_back(tokenizer)
     suffix = (model.end_of_word_suffix or "") if isinstance(model, models.BPE) else ""
 

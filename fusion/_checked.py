@@ -22,7 +22,7 @@ class Checked:
     def model(self, name: str) -> list[Any]:
         if name not in self.models:
             ref = self.recipe.models[name]
-            self.kinds[name] = sources.check(name, ref, self.recipe.base)
+            self.kinds[name] = sources.check(name, ref, self.recipe.base, self.recipe.models)
             if ref.hub and (sentence := _keys.hub_sentence("models", ref.hub, ref.revision, ref.place)):
                 raise ValueError(sentence)
             source = (ref.tokenizer or {}).get("data")
@@ -33,7 +33,8 @@ class Checked:
                     )
                 self.text(source)
                 _scratch_vocabulary(ref.config or {}, ref.tokenizer or {}, ref.place)
-            self.models[name] = _keys.of_model(self.recipe, name, self.kinds[name], self.digests)
+            below = [self.model(ref.base)] if ref.base else []
+            self.models[name] = [*_keys.of_model(self.recipe, name, self.kinds[name], self.digests), *below]
         return self.models[name]
 
     def text(self, name: str) -> str:

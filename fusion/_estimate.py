@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion import _keys, data, sources
+from fusion import _keys, _sharded, data, sources
 from fusion._say import size
-from fusion.plan import Plan, Planned
+from fusion.plan import Plan, Planned, first_model
 from fusion.recipe import DataRef, ModelRef, Recipe
 
 BYTES_PER_TOKEN = 4.0  # of text, for tokenizers of some ten thousand entries
@@ -58,8 +58,7 @@ def parameters(plan: Plan, name: str) -> float | None:
     """About how many numbers a model holds; outputs are as large as the model they started from."""
     by_name = {planned.name: planned for planned in plan.steps}
     while name in by_name:
-        fields = by_name[name].fields
-        name = next((str(fields[key]) for key in ("model", "target", "base", "donor") if key in fields), "")
+        name = first_model(by_name[name].fields)
     ref = plan.recipe.models.get(name)
     return _of_ref(plan.recipe, ref) if ref is not None else None
 
@@ -67,10 +66,15 @@ def parameters(plan: Plan, name: str) -> float | None:
 def _of_ref(recipe: Recipe, ref: ModelRef) -> float | None:
     if ref.config is not None:
         return _of_config(ref.config, (ref.tokenizer or {}).get("vocab_size", 260))
+    if ref.base is not None:  # an adapter, or the shards of its training
+        return _of_ref(recipe, recipe.models[ref.base]) if ref.base in recipe.models else None
     if ref.hub is not None:
         snapshot = _keys.hub_folder("models", ref.hub) / "snapshots" / str(ref.revision or _keys.hub_revision(ref))
         return sources.header(snapshot).parameters if snapshot.is_dir() else None
     if isinstance(ref.path, str) and not ref.path.startswith("package:") and not ref.path.endswith(".gguf"):
+        if _sharded.find(directory := _keys.model_directory(recipe, ref.name)) is not None:
+            # float32 weights and two moments of each, with ZeRO
+            return sum(file.stat().st_size for file in _sharded.files(directory)) / 12
         return sources.header(_keys.model_directory(recipe, ref.name)).parameters
     from fusion import _gguf
 

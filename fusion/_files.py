@@ -15,7 +15,7 @@ from typing import Any
 HEX = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _digests: dict[tuple, str] = {}
-_headers: dict[tuple, dict[str, Any]] = {}
+_headers: dict[tuple, tuple[dict[str, Any], int]] = {}
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Tensor:
     dtype: str  # as safetensors writes it: F32, BF16, F16, I64 ...
     file: str
     bytes: int
+    start: int = 0  # where its bytes begin in the file
 
 
 @dataclass(frozen=True)
@@ -117,17 +118,27 @@ def tensor_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def header(directory: Path) -> Header:
-    """All tensors of a checkpoint with shape, dtype and file, read from the safetensors headers alone."""
-    directory = Path(directory)
-    config = config_of(directory)
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a directory of safetensors files, or of one such file, by file and offset."""
     tensors: dict[str, Tensor] = {}
-    for file in tensor_files(directory):
-        for name, entry in _entries(file).items():
+    for file in [directory] if directory.is_file() else tensor_files(directory):
+        entries, data = _entries(file)
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             if name in tensors:
                 raise ValueError(f"{directory}: tensor {name} stands in {tensors[name].file} and in {file.name}")
             start, stop = entry["data_offsets"]
-            tensors[name] = Tensor(tuple(entry["shape"]), entry["dtype"], file.name, stop - start)
+            tensors[name] = Tensor(tuple(entry["shape"]), entry["dtype"], file.name, stop - start, data + start)
+    return tensors
+
+
+def header(directory: Path) -> Header:
+    """All tensors of a checkpoint with shape, dtype and file, read from the safetensors headers alone.
+
+    Any safetensors will do for a merge; what runs a model asks for its configuration itself.
+    """
+    directory = Path(directory)
+    config = config_of(directory) if (directory / "config.json").exists() else {}
+    tensors = tensors_of(directory)
     heads = [name for name in tensors if name.split(".")[-2:] == ["lm_head", "weight"]]
     # A configuration that is silent about ties leaves it to the family's default; then the file itself tells.
     tied = bool(
@@ -136,8 +147,11 @@ def header(directory: Path) -> Header:
     return Header(tensors, config, tied)
 
 
-def _entries(file: Path) -> dict[str, Any]:
-    """The header of one safetensors file without its metadata; ValueError naming a truncated or foreign file."""
+def _entries(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of one safetensors file without its metadata, and where its data begin.
+
+    Raises ValueError naming a truncated or foreign file.
+    """
     key = stamp(file)
     if key in _headers:
         return _headers[key]
@@ -152,8 +166,8 @@ def _entries(file: Path) -> dict[str, Any]:
     need = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size < need:
         raise ValueError(f"{file} is truncated: {size} bytes, its header asks for {need}")
-    _headers[key] = entries
-    return entries
+    _headers[key] = entries, 8 + length
+    return _headers[key]
 
 
 def _json(file: Path, content: bytes) -> dict[str, Any]:

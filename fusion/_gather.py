@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion import _verdict
+from fusion._merge_report import Merge, read_merge
 from fusion._readings import Ran, Scores, Store, Training, read_scores, read_step, read_store, read_training
 from fusion._verdict import Difference
 from fusion.recipe import Recipe, Step
@@ -39,6 +40,7 @@ class Report:
     differences: list[Difference]  # every fused model against its rival
     stores: list[Store]
     training: list[Training]
+    merges: list[Merge]
     steps: list[Ran]
 
     @property
@@ -55,7 +57,7 @@ class Report:
 def gather(recipe: Recipe, steps: Sequence[tuple[Step, Path]]) -> Report:
     """Reads the step directories once."""
     role = _verdict.roles(recipe.steps)
-    scores = read_scores(steps)
+    scores = read_scores([(step, directory) for step, directory in steps if step.verb != "merge"])
     made = [step.out for step in recipe.steps if step.verb not in ("record", "evaluate", "align")]
     names = dict.fromkeys([*recipe.models, *made, *scores])
     models = [
@@ -89,6 +91,11 @@ def gather(recipe: Recipe, steps: Sequence[tuple[Step, Path]]) -> Report:
         ],
         stores=[read_store(step, directory) for step, directory in steps if step.verb == "record"],
         training=[read_training(step, directory) for step, directory in steps if step.verb in ("distill", "tune")],
+        merges=[
+            merge
+            for step, directory in steps
+            if step.verb == "merge" and (merge := read_merge(step, directory)) is not None
+        ],
         steps=[read_step(step, directory) for step, directory in steps],
     )
 

@@ -64,8 +64,8 @@ def of_data(recipe: Recipe, name: str, digests: Digests) -> str:
 def of_model(recipe: Recipe, name: str, kind: str, digests: Digests) -> list[Any]:
     """What a recipe's model depends on. kind: as `sources.check` says."""
     ref = recipe.models[name]
-    if kind == "hub":
-        return ["hub", ref.hub, ref.revision or hub_revision(ref)]
+    if ref.hub:
+        return [kind, ref.hub, ref.revision or hub_revision(ref)]
     if kind == "gguf":
         from fusion import _gguf
 
@@ -76,6 +76,11 @@ def of_model(recipe: Recipe, name: str, kind: str, digests: Digests) -> list[Any
         return ["scratch", name, ref.config, ref.tokenizer, text, recipe.seed]
     directory = model_directory(recipe, name)
     beside = [directory / file for file in BESIDE if (directory / file).exists()]
+    if kind in ("adapter", "sharded"):  # its base's parts follow
+        from fusion import _adapter_files, _sharded
+
+        own = _adapter_files.read_adapter(directory).files if kind == "adapter" else _sharded.files(directory)
+        return [kind, *([file.name, digests(file)] for file in [*beside, *own])]
     return ["directory", *([file.name, digests(file)] for file in [*beside, *tensor_files(directory)])]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from fusion import _pictures as draw
 from fusion._appendix import numbers, provenance, runs
 from fusion._gather import Model, Report
+from fusion._merge_page import merged
 from fusion._pictures import esc
 from fusion._style import CSS
 
@@ -30,6 +31,7 @@ def page(report: Report) -> str:
         _learning(report, colours),
         _targets(report, colours),
         _blimp(report, colours),
+        *(merged(merge, colours, section) for merge in report.merges),
         _time(report, colours),
         numbers(report),
         runs(report),

@@ -6,11 +6,13 @@ lighter blue. The hues are those of Okabe and Ito (2008), told apart under the c
 
 LIGHT = """--paper:#fcfbf8;--card:#ffffff;--ink:#1c1f24;--soft:#5d646e;--faint:#e7e4dd;--line:#d8d4ca;--track:#f1eee7;
 --target:#0072b2;--teacher-0:#e69f00;--teacher-1:#b87a00;--teacher-2:#f0c04d;--baseline-0:#56b4e9;--baseline-1:#8aa9c9;
---fused-0:#009e73;--fused-1:#d55e00;--fused-2:#cc79a7;--fused-3:#6a5acd;--other:#9aa0a8;--up:#00795a;--down:#b84a00;"""
+--fused-0:#009e73;--fused-1:#d55e00;--fused-2:#cc79a7;--fused-3:#6a5acd;--other:#9aa0a8;--up:#00795a;--down:#b84a00;
+--heat:#0b6e99;--cold:#c2570c;"""
 
 DARK = """--paper:#14171b;--card:#1a1e23;--ink:#e9e7e2;--soft:#a0a7b1;--faint:#2a2f36;--line:#383e47;--track:#22272d;
 --target:#3f9fdc;--teacher-0:#efb035;--teacher-1:#c88e1e;--teacher-2:#f7d57e;--baseline-0:#8fcdf2;--baseline-1:#9fb6cc;
---fused-0:#23bd90;--fused-1:#ee8140;--fused-2:#dd97bd;--fused-3:#9c90ee;--other:#868d97;--up:#35cfa2;--down:#f29559;"""
+--fused-0:#23bd90;--fused-1:#ee8140;--fused-2:#dd97bd;--fused-3:#9c90ee;--other:#868d97;--up:#35cfa2;--down:#f29559;
+--heat:#5bb8e6;--cold:#f08a4b;"""
 
 CSS = (
     f":root{{color-scheme:light dark;{LIGHT}}}\n"
@@ -83,6 +85,21 @@ svg.span circle.hollow{fill:var(--paper);stroke:var(--c);stroke-width:2}
 .plot .course{stroke-width:2.25}
 .plot .dashed{stroke-dasharray:7 4}
 .plot svg svg{overflow:hidden}
+.heat{margin-top:30px}
+.heat .row{padding:1px 0;grid-template-columns:minmax(5.5rem,13rem) minmax(0,1fr) 4.5rem}
+.heat .name,.heat .value{font-size:.8125rem}
+.heat .value{text-align:right;color:var(--soft)}
+svg.cells{height:20px;background:var(--track);border-radius:2px;overflow:hidden}
+svg.cells rect{fill:var(--heat);stroke:var(--paper);stroke-width:1}
+svg.cells rect.below{fill:var(--cold)}
+svg.numbers{height:16px}svg.numbers text{font-size:11px;fill:var(--soft);font-variant-numeric:tabular-nums}
+.scale{display:inline-block;width:7rem;height:.625rem;margin:0 .5rem;border-radius:2px;
+background:linear-gradient(to right,var(--track),var(--heat))}
+.scale.both{background:linear-gradient(to right,var(--cold),var(--track),var(--heat))}
+.notes{margin:16px 0 0;padding:0;list-style:none;font-size:.9375rem;max-width:58em}
+.notes li{padding:2px 0 2px 14px;border-left:3px solid var(--line);margin-top:6px;text-wrap:pretty;
+overflow-wrap:anywhere}
+.notes .warn{border-left-color:var(--down)}
 .scroll{overflow-x:auto;margin-top:16px}
 table{border-collapse:collapse;font-size:.8438rem;min-width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:6px 0 6px 22px;border-bottom:1px solid var(--faint);white-space:nowrap;
@@ -106,7 +123,8 @@ section{margin-top:42px}
 .row,.times .row{grid-template-columns:minmax(0,1fr) auto;gap:1px 10px;padding:6px 0}
 .row .name{grid-area:1/1}.row .value{grid-area:1/2}.row svg,.row .ends{grid-area:2/1/3/3}
 .moves .row{grid-template-columns:minmax(0,8.5rem) minmax(0,1fr) 4.25rem;gap:10px}
-.moves .row .name,.moves .row .value,.moves .row svg{grid-area:auto}
+.heat .row{grid-template-columns:minmax(0,8.5rem) minmax(0,1fr) 3.5rem;gap:8px}
+.moves .row .name,.moves .row .value,.moves .row svg,.heat .row .name,.heat .row .value,.heat .row svg{grid-area:auto}
 .plot>svg{height:210px}
 dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}
 }
@@ -115,7 +133,7 @@ dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}
 body{font-size:10.5pt;print-color-adjust:exact;-webkit-print-color-adjust:exact}
 main{max-width:none;padding:0}
 section{margin-top:26px}
-.row,.chart,.cast,tr,h2,h3{break-inside:avoid}h2,h3{break-after:avoid}
+.row,.chart,.cast,tr,h2,h3,.notes li{break-inside:avoid}h2,h3{break-after:avoid}
 .scroll{overflow:visible}
 th,td{padding-left:12px}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}

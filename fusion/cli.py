@@ -1,4 +1,4 @@
-"""The command line: plan, run, launch, list, show. Heavy libraries load inside the command that needs them."""
+"""The command line: plan, run, launch, merge, list, show. Heavy libraries load inside the command that needs them."""
 
 import sys
 from pathlib import Path
@@ -69,6 +69,61 @@ def launch(recipe: str, config: str, num_processes: int | None, out: str | None,
     sys.exit(start(recipe, config, num_processes, out, extra))
 
 
+@main.command()
+@click.argument("method")
+@click.option("--base", help="What all models started from; methods on task vectors need it.")
+@click.option("--model", "models", multiple=True, required=True, metavar="DIR[:WEIGHT]", help="Once for each model.")
+@click.option("--out", required=True, help="A directory that is not there yet.")
+@click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter: fusion list merge.")
+@click.option("--post", multiple=True, metavar="WORD", help="What follows, like '{lines: {alpha: 0.5}}'.")
+@click.option("--only", multiple=True, metavar="GLOB", help="Merge these tensors; the others stay the base's.")
+@click.option("--copy", multiple=True, metavar="GLOB", help="These tensors stay the base's.")
+@click.option("--dtype", help="float32, bfloat16 or float16; the models' if left out.")
+@click.option("--tokenizer", metavar="MODEL", help="Whose tokenizer is carried: base, or a model's directory name.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", type=int, help="Threads that compute; the machine's cores if left out.")
+@click.option("--memory", default="512MiB", show_default=True, help="What regions of tensors may take.")
+@click.option("--shard-size", default="5GB", show_default=True, help="Bytes of an output file.")
+@click.option("--device", default="cpu", show_default=True, help="Where whole-tensor methods compute.")
+def merge(
+    method: str,
+    models: tuple[str, ...],
+    out: str,
+    base: str | None,
+    params: tuple[str, ...],
+    post: tuple[str, ...],
+    only: tuple[str, ...],
+    copy: tuple[str, ...],
+    dtype: str | None,
+    tokenizer: str | None,
+    seed: int,
+    threads: int | None,
+    memory: str,
+    shard_size: str,
+    device: str,
+) -> None:
+    """Merge checkpoints of one architecture by METHOD; the same command continues one that was stopped."""
+    from fusion._merge_command import run
+
+    run(
+        method,
+        models,
+        out,
+        base=base,
+        params=params,
+        post=post,
+        only=only or None,
+        copy=copy or None,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        seed=seed,
+        threads=threads,
+        memory=memory,
+        shard_size=shard_size,
+        device=device,
+    )
+
+
 @main.command("list")
 @click.argument("room", required=False)
 def list_words(room: str | None) -> None:
@@ -79,12 +134,23 @@ def list_words(room: str | None) -> None:
 
 
 @main.command()
-@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def show(directory: Path) -> None:
-    """Tensors, dtypes, ties, tokenizer and provenance of a checkpoint, or the header of a store of targets."""
-    from fusion import _table
+@click.argument("directories", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--base",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="What several checkpoints are compared with; the first of them if left out.",
+)
+def show(directories: tuple[Path, ...], base: Path | None) -> None:
+    """One directory: tensors, dtypes, ties, tokenizer and provenance of a checkpoint, or the header of a store of
+    targets. Several: how far each checkpoint is from the base and from the others, layer by layer."""
+    if len(directories) == 1 and base is None:
+        from fusion import _table
 
-    _table.show_directory(directory)
+        _table.show_directory(directories[0])
+    else:
+        from fusion import _compare
+
+        _compare.show(directories, base)
 
 
 if __name__ == "__main__":

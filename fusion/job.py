@@ -13,6 +13,7 @@ from fusion.recipe import DataRef, Recipe
 
 if TYPE_CHECKING:
     from fusion._ranks import Ranks
+    from fusion.checkpoint import Source
     from fusion.data import Document
 
 T = TypeVar("T")
@@ -45,6 +46,14 @@ class Job:
             known = [*self.recipe.models, *self.outputs]
             raise ValueError(f"{self.place}: no model is called '{name}'{nearest(name, known)}")
         return resolve_model(self.recipe, name, self.cache)
+
+    def source(self, name: str) -> "Source":
+        """The same model to be read by region: adapters and training checkpoints in place, without a copy."""
+        from fusion.checkpoint import Checkpoint
+
+        if name in self.recipe.models and name not in self.outputs:
+            return source_model(self.recipe, name, self.cache)
+        return Checkpoint.open(self.model(name))
 
     def data(self, name: str) -> DataRef:
         """The recipe's data entry of that name."""
@@ -85,10 +94,24 @@ class Job:
 
 def resolve_model(recipe: Recipe, name: str, cache: Path) -> Path:
     """The directory of a recipe's model: in place, downloaded, converted or made once."""
-    from fusion import data, sources
+    from fusion import sources
+
+    texts = _texts(recipe)
+    return sources.resolve(name, recipe.models[name], cache, recipe.base, texts, recipe.seed, recipe.models)
+
+
+def source_model(recipe: Recipe, name: str, cache: Path) -> "Source":
+    """A recipe's model to be read by region, without a copy of what is put together only when it is read."""
+    from fusion import _composed
+
+    return _composed.source(name, recipe.models[name], cache, recipe.base, _texts(recipe), recipe.seed, recipe.models)
+
+
+def _texts(recipe: Recipe) -> Callable[[str], Iterator[str]]:
+    from fusion import data
 
     def texts(source: str) -> Iterator[str]:
         for document in data.documents(recipe.data[source], recipe.base, recipe.data):
             yield document.text if document.messages is None else "\n".join(m["content"] for m in document.messages)
 
-    return sources.resolve(name, recipe.models[name], cache, recipe.base, texts, recipe.seed)
+    return texts

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusion import __version__, _keys, sources, words
+from fusion import __version__, _keys, _sharded, words
 from fusion._checked import Checked
+from fusion._files import config_of
 from fusion._say import nearest
 from fusion.recipe import Recipe, Step
 from fusion.words import Word
 
 # What a step's parameter refers to, by its name: a model, data, a store, or words of a room. All others are values.
 FIELDS: dict[str, str] = {
-    **dict.fromkeys(("model", "teacher", "base", "target", "donor", "models"), "model"),
+    **dict.fromkeys(("model", "teacher", "base", "target", "donor", "models", "layers"), "model"),
     "data": "data",
     "targets": "targets",
     "fuse": "room fuse",
@@ -88,16 +89,25 @@ class View:
         """The recipe's model whose architecture and tokenizer the model `name` has."""
         while name in self.outputs:
             fields = self.outputs[name].fields
-            name = next(str(fields[key]) for key in ("model", "target", "base", "donor") if key in fields)
+            name = first_model(fields)
         return name
 
     def config(self, name: str) -> dict[str, Any] | None:
         """config.json of a model; None while it isn't on this machine."""
         ref = self.recipe.models[self.origin(name)]
         kind = self.kinds.get(ref.name)
-        if kind == "directory":
-            return sources.header(_keys.model_directory(self.recipe, ref.name)).config
+        if ref.base is not None:
+            return self.config(ref.base)
+        if kind in ("directory", "sharded"):
+            return config_of(_sharded.home(_keys.model_directory(self.recipe, ref.name)))
         return ref.config
+
+
+def first_model(fields: Mapping[str, Any]) -> str:
+    """The model that a step's output looks like: the one it starts from, or the first of those it merges."""
+    named = next((str(fields[key]) for key in ("model", "target", "base", "donor") if fields.get(key)), None)
+    several = fields.get("models") or [entry["model"] for entry in fields.get("layers") or ()]
+    return named if named is not None else str(next(iter(several), ""))
 
 
 def plan(recipe: Recipe, out: str | Path = "runs") -> Plan:
@@ -133,7 +143,6 @@ def _step(step: Step, recipe: Recipe, earlier: Mapping[str, Planned], checked: C
     if "train" in word.names and recipe.overrides:
         train = given.get("train") or {}
         given["train"] = {**train, **recipe.overrides} if isinstance(train, dict) else train
-    nested = given.get("method") if isinstance(given.get("params"), dict) else None
     fitted = words.check("steps", step.verb, given, step.place)
     fitted.pop("out", None)
     inputs: dict[str, str] = {}
@@ -141,20 +150,24 @@ def _step(step: Step, recipe: Recipe, earlier: Mapping[str, Planned], checked: C
     texts: dict[str, str] = {}
     plugins = [word] if "." in step.verb else []
     files = checked.files(fitted.get("path"))
+    if "files" in word.functions:
+        files += [one for path in words.module(word).files(fitted) for one in checked.files(path)]
     for name, value in fitted.items():
         kind = FIELDS.get(name, "")
         place = f"{step.place}.{name}"
         if kind.startswith("room "):
-            if name == "method" and nested is not None:
-                words.check("merge", str(nested), given["params"], f"{step.place}.params")
-                plugins += [words.find("merge", str(nested))] if "." in str(nested) else []
+            if (
+                name == "method" and value is not None
+            ):  # its parameters stand beside it and may vary: see the step's check
+                found = _method(value, place)
+                plugins += [found] if "." in value else []
                 continue
             for entry in value if isinstance(value, list) else [value]:
                 if entry is None:
                     continue
-                found, params = words.parse(kind.removeprefix("room "), entry, place)
+                chosen, params = words.parse(kind.removeprefix("room "), entry, place)
                 files += checked.files(params.get("path"))
-                plugins += [words.find(kind.removeprefix("room "), found)] if "." in found else []
+                plugins += [words.find(kind.removeprefix("room "), chosen)] if "." in chosen else []
         elif kind:
             for reference in _references(value, kind, place):
                 _refer(reference, kind, place, step, recipe, earlier)
@@ -192,12 +205,21 @@ def _find(step: Step) -> Word:
         raise ValueError(f"{step.place}: {error}") from None
 
 
+def _method(value: Any, place: str) -> Word:
+    try:
+        return words.find("merge", str(value))
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
 def _references(value: Any, kind: str, place: str) -> list[str]:
-    """The names in `a`, `[a, b]`, a model's `{a: 1.0, b: 0.5}` (weights) or data's `{prose: a, code: b}` (domains)."""
+    """The names in `a`, `[a, b]`, a model's `{a: 1.0, b: 0.5}` (weights), data's `{prose: a, code: b}` (domains), or
+    layers' `[{model: a, take: [0, 8]}]`."""
     if isinstance(value, dict):
         entries = list(value.values() if kind == "data" else value)
     else:
-        entries = [value] if isinstance(value, str) else list(value or ())
+        given = [value] if isinstance(value, str) else list(value or ())
+        entries = [one["model"] if isinstance(one, dict) and "model" in one else one for one in given]
     for entry in entries:
         if not isinstance(entry, str):
             raise ValueError(f"{place}: a name is needed here, not {entry!r:.60}")

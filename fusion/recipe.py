@@ -86,6 +86,8 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[object] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor, whose keys the ones written here override
+            continue
         key = loader.construct_object(key_node)
         if not isinstance(key, str):
             raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a string; put it in quotes")

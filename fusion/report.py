@@ -8,6 +8,7 @@ from typing import Any
 
 from fusion._card import card
 from fusion._gather import Report, gather
+from fusion._merge_report import Merge
 from fusion._page import page
 from fusion._readings import is_number
 from fusion.recipe import Recipe, Step
@@ -61,8 +62,16 @@ def as_json(report: Report) -> dict[str, Any]:
         "differences": [{**vars(d), "level": d.level} for d in report.differences],
         "stores": {store.name: {"teacher": store.teacher, **store.numbers} for store in report.stores},
         "training": {one.name: plain(vars(one)) for one in report.training},
+        "merges": {merge.name: as_merge(merge) for merge in report.merges},
         "steps": [plain(vars(one)) for one in report.steps],
     }
+
+
+def as_merge(merge: Merge) -> dict[str, Any]:
+    """A merge over all its tensors; each one's numbers stay in the step's metrics.json."""
+    names = ("method", "params", "models", "weights", "base", "lengths", "base_length", "cosines")
+    found = {name: plain(value) for name in (*names, "conflict", "moved", "kept") for value in [getattr(merge, name)]}
+    return {**found, "sentences": merge.sentences, **merge.numbers}
 
 
 def plain(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """A model reference becomes a directory that holds config.json, *.safetensors and tokenizer.json.
 
 Local directories are used in place, hub repositories through the hub's own cache; a GGUF file (Gerganov et al.,
-ggml 2023) is converted once and a model from scratch is made once, both under this project's cache directory.
+ggml 2023) is converted once, a model from scratch is made once, an adapter on its base and a training checkpoint are
+written once, all under this project's cache directory.
 What is read for planning (headers, digests) needs neither torch nor transformers; only this module loads models.
 """
 
@@ -11,11 +12,12 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion._architectures import known
+from fusion._composed import kind_of as _composed_kind
 from fusion._files import HEX, Header, config_of, file_digest, header, stamp, tensor_files
 
 if TYPE_CHECKING:
@@ -29,15 +31,20 @@ SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "add_bos_token",
 _tokenizer_digests: dict[tuple, str] = {}
 
 
-def check(name: str, ref: ModelRef, base: Path) -> str:
-    """The kind of a reference ("hub", "directory", "gguf", "scratch"), checked as far as headers and names allow.
+def check(name: str, ref: ModelRef, base: Path, models: Mapping[str, ModelRef] | None = None) -> str:
+    """The kind of a reference ("hub", "directory", "gguf", "scratch", "adapter", "sharded"), checked as far as headers
+    and names allow; `models` are those that its `base` may name.
 
     Nothing is downloaded, converted or trained. Raises ValueError with a sentence for what can't become a model.
     """
     place = ref.place or f"models.{name}"
-    kind = _kind(place, ref)
-    if kind == "directory":
-        _check_directory(place, _local(ref, base))
+    kind = _kind(place, ref, base)
+    if kind in ("adapter", "sharded"):
+        from fusion import _composed
+
+        _composed.check(place, name, ref, base, models or {})
+    elif kind == "directory":
+        _check_directory(place, local(ref, base))
     elif kind == "gguf":
         from fusion import _gguf
 
@@ -50,19 +57,31 @@ def check(name: str, ref: ModelRef, base: Path) -> str:
 
 
 def resolve(
-    name: str, ref: ModelRef, cache: Path, base: Path, texts: Callable[[str], Iterable[str]], seed: int = 0
+    name: str,
+    ref: ModelRef,
+    cache: Path,
+    base: Path,
+    texts: Callable[[str], Iterable[str]],
+    seed: int = 0,
+    models: Mapping[str, ModelRef] | None = None,
 ) -> Path:
     """The directory of model `name`: used in place, downloaded, converted or made, whichever `ref` asks for.
 
     cache: where conversions and models from scratch are kept, by the digest of all they depend on.
     base: the folder that relative paths start from.  texts: name of a data set -> its texts (trains tokenizers).
+    models: those that an adapter's `base` may name.
     """
-    kind = check(name, ref, base)
+    kind = check(name, ref, base, models)
     place = ref.place or f"models.{name}"
     if kind == "directory":
-        return _local(ref, base)
-    if kind == "hub":
-        directory = _download(place, ref)
+        return local(ref, base)
+    if kind in ("adapter", "sharded"):
+        from fusion import _composed
+
+        opened = _composed.source(name, ref, cache, base, texts, seed, models or {})
+        directory = _composed.written(opened, Path(cache))
+    elif kind == "hub":
+        directory = download(place, ref)
     elif kind == "gguf":
         from fusion import _gguf
 
@@ -75,15 +94,10 @@ def resolve(
     return directory
 
 
-def _kind(place: str, ref: ModelRef) -> str:
+def _kind(place: str, ref: ModelRef, base: Path) -> str:
     given = [field for field, value in (("hub", ref.hub), ("path", ref.path), ("config", ref.config)) if value]
     if len(given) != 1:
         raise ValueError(f"{place}: give exactly one of hub, path, config; given: {', '.join(given) or 'none'}")
-    if ref.base:
-        raise ValueError(
-            f"{place}: an adapter on a base model can't be read yet; merge it into its base first "
-            "(peft: model.merge_and_unload().save_pretrained(DIR)) and give that directory as path"
-        )
     several = not isinstance(ref.path, str) and ref.path is not None
     is_gguf = several or str(ref.path).startswith("package:") or str(ref.path).endswith(".gguf")
     if ref.sha256 and not is_gguf:
@@ -93,13 +107,14 @@ def _kind(place: str, ref: ModelRef) -> str:
             raise ValueError(f"{place}: hub {ref.hub!r} is no repository id (owner/name); a directory goes in path")
         if ref.revision and not HEX.fullmatch(ref.revision):
             raise ValueError(f"{place}: revision {ref.revision!r} can move; give the commit, 40 hexadecimal digits")
-        return "hub"
-    if ref.config:
-        return "scratch"
-    return "gguf" if is_gguf else "directory"
+        return "adapter" if ref.base else "hub"
+    kind = "scratch" if ref.config else "gguf" if is_gguf else _composed_kind(local(ref, base))
+    if ref.base and kind not in ("adapter", "sharded") and (kind != "directory" or local(ref, base).exists()):
+        raise ValueError(f"{place}: base goes with a PEFT adapter or a training checkpoint, and this is neither")
+    return kind
 
 
-def _local(ref: ModelRef, base: Path) -> Path:
+def local(ref: ModelRef, base: Path) -> Path:
     """Where a model directory lies; relative paths start at the recipe."""
     return (Path(base) / Path(str(ref.path)).expanduser()).resolve()
 
@@ -110,29 +125,28 @@ def _check_directory(place: str, directory: Path) -> None:
     if not directory.is_dir():
         raise ValueError(f"{place}: {directory} is neither a directory nor a .gguf file")
     if (directory / "adapter_config.json").exists():
-        raise ValueError(f"{place}: {directory} is a PEFT adapter; merge it into its base model first")
+        raise ValueError(f"{place}: {directory} is a PEFT adapter; name the model it sits on as base")
     if not list(directory.glob("*.safetensors")):
-        if (directory / "latest").is_file() or list(directory.rglob("*.distcp")):
-            raise ValueError(
-                f"{place}: {directory} is a sharded training checkpoint; consolidate it to safetensors first "
-                "(DeepSpeed: python zero_to_fp32.py . OUT --safe_serialization)"
-            )
-        pickled = sorted(p.name for p in (*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")))
-        if pickled:
-            raise ValueError(
-                f"{place}: {directory} holds only pickled weights ({pickled[0]}), which can run code when read; "
-                f'if you trust them, convert: python -c "from transformers import AutoModelForCausalLM as M; '
-                f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
-            )
+        refuse_pickled(place, directory)
         raise ValueError(f"{place}: no *.safetensors in {directory}")
-    config = config_of(directory)
+    config = header(directory).config
     if "auto_map" in config and not known(str(config.get("model_type"))):
         raise ValueError(
             f"{place}: {directory}/config.json asks for code of its own (auto_map), which is never run here, and "
             f"transformers has none for {config.get('model_type')!r}; use an architecture that it knows"
         )
     _check_vocabulary(place, directory, config)
-    header(directory)
+
+
+def refuse_pickled(place: str, directory: Path) -> None:
+    """ValueError with the command that converts them when a directory holds pickled weights only."""
+    pickled = sorted(p.name for p in (*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")))
+    if pickled:
+        raise ValueError(
+            f"{place}: {directory} holds only pickled weights ({pickled[0]}), which can run code when read; "
+            f'if you trust them, convert: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
+        )
 
 
 def _check_vocabulary(place: str, directory: Path, config: dict[str, Any]) -> None:
@@ -163,14 +177,15 @@ def vocabulary_size(file: Path) -> int:
     return _sizes[key]
 
 
-def _download(place: str, ref: ModelRef) -> Path:
+def download(place: str, ref: ModelRef) -> Path:
     """The snapshot in the hub's cache: safetensors, json and tokenizer files only."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    no_adapter = [] if ref.base else ["adapter_*"]
     try:
         path = snapshot_download(
-            ref.hub, revision=ref.revision, allow_patterns=DOWNLOAD, ignore_patterns=["*/*", "adapter_*"]
+            ref.hub, revision=ref.revision, allow_patterns=DOWNLOAD, ignore_patterns=["*/*"] + no_adapter
         )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ValueError(
@@ -258,6 +273,7 @@ def load_model(directory: Path, dtype: str = "float32", attention: str | None = 
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
+    config_of(Path(directory))
     header(Path(directory))
     model, info = AutoModelForCausalLM.from_pretrained(
         str(directory),

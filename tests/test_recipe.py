@@ -65,6 +65,16 @@ def test_numbers_as_in_yaml_1_2(tmp_path):
     assert recipe.scalar("[a, 1e-3]") == ["a", 1e-3] and recipe.scalar("cosine") == "cosine"
 
 
+def test_a_step_may_begin_as_another_one(tmp_path):
+    text = GOOD.replace("record: {", "record: &first {").replace(
+        "  - distill", "  - record: {<<: *first, out: more, draws: 4}\n  - distill"
+    )
+    first, second = recipe.load(write(tmp_path, text)).steps[:2]
+    assert second.out == "more" and second.fields == {**first.fields, "draws": 4}
+    with pytest.raises(ValueError, match="key 'draws' is given twice"):
+        recipe.load(write(tmp_path, text.replace("draws: 4", "draws: 4, draws: 5")))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [

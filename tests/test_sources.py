@@ -276,17 +276,17 @@ def test_directories_that_are_no_model(copy, tmp_path):
     with pytest.raises(ValueError, match="no directory"):
         local(tmp_path / "nowhere")
     (copy / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="PEFT adapter"):
+    with pytest.raises(ValueError, match="PEFT adapter; name the model it sits on"):
         local(copy)
     (tmp_path / "zero").mkdir()
     (tmp_path / "zero" / "latest").write_text("global_step1")
-    with pytest.raises(ValueError, match="sharded training checkpoint.*zero_to_fp32"):
+    with pytest.raises(ValueError, match="training checkpoint without config.json"):
         local(tmp_path / "zero")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no \\*.safetensors"):
         local(tmp_path / "empty")
-    with pytest.raises(ValueError, match="adapter on a base model"):
-        sources.check("m", ModelRef("m", path="x", base="other"), tmp_path)
+    with pytest.raises(ValueError, match="base goes with a PEFT adapter or a training checkpoint"):
+        sources.check("m", ModelRef("m", path="empty", base="other"), tmp_path)
 
 
 def test_slow_tokenizers_get_a_sentence(copy):

@@ -1,0 +1,52 @@
+"""A part of a network: a view of one stored tensor, or of several stacked, whose axes each belong to one space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of a part: its length (-1: whatever the tensor has), its space, and `w`, `r` or `e` in it."""
+
+    size: int
+    space: str | None = None
+    role: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The stored tensor `names[0]`, shape `shape`, seen as `grid`, cut by `take`, seen as `axes`.
+
+    Several names are tensors of that shape, stacked on a new first axis of the grid (experts, a tensor each). The parts
+    of a tensor tile it. `key` is the same for the corresponding parts of all families.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    grid: tuple[int, ...]
+    take: tuple[tuple[int, int, int], ...]  # (axis of the grid, start, length)
+    axes: tuple[Axis, ...]
+    offset: float = 0.0  # maps act on offset + tensor
+    optional: bool = False  # a checkpoint may lack it (pooler, classifier)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == len(self.shape) and all(a == b or b == -1 for a, b in zip(shape, self.shape))
+
+    def view(self, whole: Tensor) -> Tensor:
+        """The part of a contiguous tensor (the stack, if there are several), sharing its memory."""
+        seen = whole.view(self.grid)
+        for dim, start, length in self.take:
+            seen = seen.narrow(dim, start, length)
+        return seen.view([axis.size for axis in self.axes]) if self.axes else seen.view([])
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The part, `axes` shaped; it may share memory with the tensors."""
+        if len(self.names) == 1:
+            return self.view(tensors[self.names[0]].contiguous())
+        return self.view(torch.stack([tensors[name] for name in self.names]))

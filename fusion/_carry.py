@@ -1,0 +1,55 @@
+"""What lies beside the weights: configuration, tokenizer, chat template, generation settings, the index of shards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion._composed import homes
+from fusion.checkpoint import Shard, Source
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def carry(directory: Path, config: Mapping[str, Any], shards: Sequence[Shard], target: Source, speaker: Source) -> None:
+    """Writes all of it; `target` is what the weights look like, `speaker` whose tokenizer and templates they get."""
+    for name in FILES:
+        found = next((home / name for home in (*homes(speaker), *homes(target)) if (home / name).is_file()), None)
+        if found is not None:
+            shutil.copyfile(found, directory / name)
+    if (speaker.path / "chat_templates").is_dir():
+        shutil.copytree(speaker.path / "chat_templates", directory / "chat_templates", dirs_exist_ok=True)
+    if config:
+        own = dict(config)
+        if speaker is not target:
+            own |= {key: speaker.config[key] for key in SPECIAL if key in speaker.config and key in own}
+        own.pop("_name_or_path", None)
+        write(directory / "config.json", own)
+    if len(shards) > 1:
+        total = sum(shard.size - len(shard.header) for shard in shards)
+        where = {name: shard.file for shard in shards for name in shard.places}
+        write(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def write(path: Path, value: Any) -> None:
+    """Indented JSON, as the Hugging Face libraries write it."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

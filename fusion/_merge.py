@@ -1,0 +1,331 @@
+"""Checkpoints merged from disk to disk in a fixed budget of memory; killed and begun again it goes on where it was."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fusion import _carry
+from fusion._deal import Share, dealt, fitted, largest_first, threads_here
+from fusion._joint import Joint
+from fusion._manifest import Manifest
+from fusion._merge_metrics import metrics
+from fusion._merge_plan import Planned, planned
+from fusion._params import layer_index
+from fusion._say import size
+from fusion._stream import Stream, Work
+from fusion.checkpoint import Entry, Shard, Source, Writer, bytes_of, layout, shard
+
+PLAN = "merge-plan.json"
+Wait = Callable[[Callable[[], bool], str], None]
+
+
+class Bar(Protocol):
+    """What shows progress."""
+
+    def advance(self, count: int = 1) -> None: ...
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A finished merge: where it lies and what was read off it (metrics.json's content)."""
+
+    path: Path
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a merge is run; nothing here changes a byte of what comes out."""
+
+    memory: int = 512 << 20
+    threads: int = 1
+    chunk: int | None = None
+    device: str = "cpu"
+    rank: int = 0
+    world: int = 1
+    wait: Wait | None = None
+    progress: Callable[[int, str], AbstractContextManager[Bar]] | None = None
+    say: Callable[[str], None] = print
+
+
+def merge_checkpoints(
+    method: str | None,  # None: `layers` alone says what is written
+    models: Mapping[str, Source | Path | str],  # in the order that the method sees
+    out: Path | str,
+    *,
+    base: Source | Path | str | None = None,
+    weights: Sequence[float] | None = None,  # 1 each when left out
+    params: Mapping[str, Any] | None = None,
+    post: Sequence[str | Mapping[str, Any]] | None = None,
+    only: Sequence[str] | None = None,
+    copy: Sequence[str] | None = None,
+    layers: Sequence[Mapping[str, Any]] | None = None,
+    names: Mapping[str, Mapping[str, str]] | None = None,
+    statistics: Mapping[str, Path | str] | None = None,  # model -> safetensors; "base": the base's
+    dtype: str | None = None,
+    seed: int = 0,
+    memory: str | int = "512MiB",
+    threads: int | None = None,  # the machine's cores when left out
+    chunk: int | None = None,  # elements of a region
+    shard_size: str | int = "5GB",
+    tokenizer: str | None = None,  # whose tokenizer and templates are carried; "base", or a model
+    rank: int = 0,
+    world: int = 1,
+    wait: Wait | None = None,
+    progress: Callable[[int, str], AbstractContextManager[Bar]] | None = None,
+    device: str = "cpu",
+) -> Merged:
+    """The merged model in the directory `out`, which is there when it is whole and not before.
+
+    Work is done in OUT.partial; the same call continues it after a kill. Raises ValueError with a sentence for models
+    that do not go together, parameters the method can't take, numbers that are not finite, a full disk, and an `out`
+    that exists.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"{out} exists; give another directory, or take it away")
+    plan = planned(
+        method,
+        models,
+        base=base,
+        weights=weights,
+        params=params,
+        post=post,
+        only=only,
+        copy=copy,
+        layers=layers,
+        names=names,
+        statistics=statistics,
+        dtype=dtype,
+        seed=seed,
+        shard_size=bytes_of(shard_size, "shard_size"),
+        tokenizer=tokenizer,
+    )
+    run = Run(bytes_of(memory, "memory"), threads_here(threads), chunk, device, rank, world, wait, progress)
+    partial = out.with_name(f"{out.name}.partial")
+    with _alone(partial) if rank == 0 else nullcontext():
+        found = merge_into(plan, partial, run)
+        if rank == 0:
+            (partial / ".lock").unlink()
+            os.rename(partial, out)
+            _flushed(out.parent)
+    return Merged(out, found)
+
+
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """One process at a time writes there; the kernel lets go when it dies."""
+    partial.mkdir(parents=True, exist_ok=True)
+    with open(partial / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another process is writing {partial}; wait for it or stop it") from None
+        yield
+
+
+def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
+    """Writes the checkpoint into a directory that a killed run may have begun; its metrics (rank 0's; others: none)."""
+    start = time.monotonic()
+    shards = layout((task.entry for task in plan.tasks), plan.shard_size)
+    extras = _extra_shards(plan)
+    wait = run.wait or _patient
+    if run.rank == 0:
+        _prepare(plan, directory, shards, extras, run)
+    else:
+        wait(lambda: _begun(directory, plan), "rank 0 to prepare the files")
+    writer = Writer(directory, shards)
+    by_products = Writer(directory / "extras", extras) if extras else None
+    manifest = Manifest(directory, run.rank)
+    chunk, slots = fitted(len(plan.inputs.models), run.memory, run.threads, run.chunk)
+    method = plan.recipe.method if plan.recipe else None
+    shares = dealt(plan.recipe, largest_first(method, plan.tasks), run.world, chunk)
+    works = [_work(plan, share) for share in shares if share.rank == run.rank]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors run side by side instead: how a sum is split over threads would change its bits
+    show = run.progress(len(works), "merging") if run.progress else nullcontext()
+    try:
+        with show as bar:
+            stream = Stream(
+                plan.inputs,
+                plan.recipe,
+                plan.sidecars,
+                writer,
+                by_products,
+                manifest,
+                chunk=chunk,
+                slots=slots,
+                threads=run.threads,
+                memory=run.memory,
+                device=run.device,
+                told=(lambda task: bar.advance()) if bar is not None else (lambda task: None),
+            )
+            together = [work for work in works if _is_joint(plan, work)]
+            if any(_is_joint(plan, _work(plan, share)) for share in shares):
+                model_scope = plan.scope == "model"
+                Joint(stream, directory, run.rank, run.world, chunk, wait, model_scope).settle(together)
+            stream.run(works)
+    finally:
+        torch.set_num_threads(before)
+    writer.sync()
+    if by_products is not None:
+        by_products.sync()
+    _meet(directory, run, wait)
+    found: dict[str, Any] = {}
+    if run.rank == 0:
+        manifest.reload()
+        found = _finish(plan, directory, shards, shares, writer, manifest)
+        found |= {
+            "seconds": round(time.monotonic() - start, 3),
+            "bytes_read": stream.bytes_read,
+            "bytes_written": sum(one.size for one in (*shards, *extras)),
+            "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+    for one in (writer, by_products, manifest):
+        if one is not None:
+            one.close()
+    return found
+
+
+def _work(plan: Planned, share: Share) -> Work:
+    task = share.task
+    index = layer_index(task.name)
+    layer = None if index is None else (index, plan.layers)
+    recipe = plan.recipe
+    merging = recipe is not None and task.action == "merge"
+    params = recipe.method.resolve(recipe.params, task.name, layer) if merging and recipe is not None else {}
+    return Work(task, layer, params, share.start, share.stop, share.whole)
+
+
+def _is_joint(plan: Planned, work: Work) -> bool:
+    """Whether its statistics are not its own."""
+    merging = work.task.action == "merge" and work.task.numel > 0
+    whole_model = plan.scope == "model" and plan.recipe is not None and bool(plan.recipe.method.passes)
+    return merging and (not work.whole or whole_model)
+
+
+def _extra_shards(plan: Planned) -> tuple[Shard, ...]:
+    """One file for each by-product: (K, *shape) of every merged tensor."""
+    if plan.recipe is None:
+        return ()
+    k = len(plan.inputs.models)
+    return tuple(
+        shard(
+            f"{name}.safetensors",
+            [
+                Entry(f"{name}/{task.name}", (k, *task.shape), getattr(torch, kind), getattr(torch, kind))
+                for task in plan.tasks
+                if task.action == "merge"
+            ],
+        )
+        for name, kind in plan.recipe.method.extras.items()
+    )
+
+
+def _prepare(plan: Planned, directory: Path, shards: Sequence[Shard], extras: Sequence[Shard], run: Run) -> None:
+    """Files of their final size, unless an earlier run of the same merge made them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    marker = directory / PLAN
+    if _begun(directory, plan):
+        _say_session(directory, plan)
+        return
+    if marker.exists():
+        run.say(f"{directory} was begun with other inputs or parameters; it is begun anew")
+        marker.unlink()
+    for old in [*directory.glob("manifest-*.jsonl"), *directory.glob("stats-*"), *directory.glob("*.safetensors")]:
+        old.unlink()
+    shutil.rmtree(directory / "extras", ignore_errors=True)
+    need, free = sum(one.size for one in (*shards, *extras)), shutil.disk_usage(directory).free
+    if need > free:
+        raise ValueError(f"the result takes {size(need)}, and {directory.parent} has {size(free)} free; make room")
+    Writer.create(directory, shards)
+    if extras:
+        (directory / "extras").mkdir()
+        Writer.create(directory / "extras", extras)
+    _say_session(directory, plan)
+
+
+def _say_session(directory: Path, plan: Planned) -> None:
+    temporary = directory / f"{PLAN}.new"
+    session = f"{os.getpid()}-{time.time_ns()}"
+    temporary.write_text(json.dumps({"session": session, "plan": plan.identity}), encoding="utf-8")
+    temporary.rename(directory / PLAN)
+
+
+def _session(directory: Path) -> dict[str, Any]:
+    file = directory / PLAN
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _begun(directory: Path, plan: Planned) -> bool:
+    return _session(directory).get("plan") == plan.identity
+
+
+def _patient(ready: Callable[[], bool], what: str) -> None:
+    while not ready():
+        time.sleep(0.02)
+
+
+def _meet(directory: Path, run: Run, wait: Wait) -> None:
+    """Rank 0 goes on when the others have written theirs in this session, they when rank 0 has seen that."""
+    if run.world == 1:
+        return
+    if run.rank > 0:
+        told: set[str] = set()  # rank 0 waits for the first word of a session, so that the directory is there still
+
+        def seen() -> bool:
+            session = _session(directory).get("session")
+            if session is not None and session not in told:
+                (directory / f"finished-{session}-{run.rank}").touch()
+                told.add(session)
+            return session is None
+
+        wait(seen, "rank 0 to finish the merge")
+        return
+    session = _session(directory)["session"]
+    others = [directory / f"finished-{session}-{rank}" for rank in range(1, run.world)]
+    wait(lambda: all(one.exists() for one in others), "the other ranks' tensors")
+
+
+def _finish(
+    plan: Planned,
+    directory: Path,
+    shards: Sequence[Shard],
+    shares: Sequence[Share],
+    writer: Writer,
+    manifest: Manifest,
+) -> dict[str, Any]:
+    """Everything beside the weights; the metrics."""
+    checksums = {}
+    for task in plan.tasks:
+        whole = manifest.has(task.name)
+        checksums[task.name] = manifest.checksum(task.name) if whole else writer.checksum(task.name, 0, task.bytes)
+    _carry.carry(directory, plan.config, shards, plan.inputs.target[1], plan.speaker)
+    _carry.write(directory / "merge.json", {**plan.provenance, "tensors": checksums})
+    found = metrics(plan, shares, manifest)
+    (directory / PLAN).unlink()  # the other ranks take it for the end
+    for old in [*directory.glob("manifest-*.jsonl"), *directory.glob("stats-*"), *directory.glob("finished-*")]:
+        old.unlink()
+    for file in directory.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            _flushed(file)
+    _flushed(directory)
+    return found
+
+
+def _flushed(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,143 @@
+"""`fusion merge`: a merge from the command line, on one process or on the ranks of a launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fusion import _ranks
+from fusion._progress import Progress
+from fusion._say import duration, size
+from fusion.recipe import ModelRef, scalar
+
+PATIENCE = 2.0  # seconds without a bar
+
+
+class Late:
+    """A bar that shows itself when the work takes longer than one would notice."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total, self.what, self.start = total, what, time.monotonic()
+        self.done = 0
+        self.bar: Progress[int] | None = None
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.advance(count)
+        elif time.monotonic() - self.start > PATIENCE:
+            self.bar = Progress(self.total, self.what)
+            self.bar.advance(self.done)
+
+    def __enter__(self) -> Late:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def run(
+    method: str,
+    models: Sequence[str],
+    out: str,
+    *,
+    base: str | None,
+    params: Sequence[str],
+    post: Sequence[str],
+    **options: Any,
+) -> None:
+    """Merges, and says what came out. options: those of `merge_checkpoints` that the command line gives as they are."""
+    from fusion._merge import merge_checkpoints
+
+    found, weights = parse_models(models)
+    with _launched(Path(out)) as ranks:
+        merged = merge_checkpoints(
+            method,
+            {name: _located(path) for name, path in found.items()},
+            out,
+            base=None if base is None else _located(base),
+            weights=weights,
+            params=parse_params(params),
+            post=[scalar(one) for one in post],
+            rank=ranks.rank,
+            world=ranks.world,
+            wait=ranks.wait,
+            progress=Late if ranks.rank == 0 else None,
+            **options,
+        )
+    if ranks.rank == 0:
+        print(_told(out, merged.metrics), flush=True)
+
+
+def parse_models(models: Sequence[str]) -> tuple[dict[str, str], list[float] | None]:
+    """{name: directory} and the weights, None when none was given, of DIR or DIR:WEIGHT; a model without one weighs 1."""
+    found: dict[str, str] = {}
+    weights: list[float | None] = []
+    for given in models:
+        path, colon, last = given.rpartition(":")
+        weight = scalar(last) if colon and not Path(given).exists() else None
+        if not isinstance(weight, int | float) or isinstance(weight, bool):
+            path, weight = given, None
+        name = Path(path).name or path
+        count = sum(one == name or one.startswith(f"{name}_") for one in found)
+        found[f"{name}_{count + 1}" if name in found else name] = path
+        weights.append(weight)
+    given_weights = [1.0 if one is None else float(one) for one in weights]
+    return found, None if all(one is None for one in weights) else given_weights
+
+
+def parse_params(params: Sequence[str]) -> dict[str, Any]:
+    """{name: value} of NAME=VALUE, the value as a recipe would have it."""
+    found = {}
+    for given in params:
+        name, equals, value = given.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--param {given}: NAME=VALUE is needed, like density=0.5")
+        found[name] = scalar(value)
+    return found
+
+
+def _located(path: str) -> Path:
+    """A directory; of a .gguf file its conversion."""
+    if not path.endswith(".gguf"):
+        return Path(path)
+    from fusion import _keys, sources
+
+    return sources.resolve(path, ModelRef(path, path=path), _keys.cache_directory(), Path.cwd(), lambda _: [])
+
+
+@contextmanager
+def _launched(out: Path) -> Iterator[_ranks.Ranks]:
+    """The ranks of torchrun, accelerate or another launcher; whichever fails first speaks, and the others end."""
+    ranks = _ranks.of_environment(os.environ)
+    if ranks.world == 1:
+        yield ranks
+        return
+    ranks = _ranks.join(out.absolute().parent, os.environ)
+    try:
+        yield ranks
+    except _ranks.Stopped:
+        sys.exit(1)
+    except BaseException as error:
+        if not ranks.fail(str(error) or type(error).__name__):
+            sys.exit(1)
+        raise
+    ranks.leave()
+
+
+def _told(out: str, metrics: Mapping[str, Any]) -> str:
+    actions = [entry["action"] for entry in metrics["tensors"]]
+    counts = ", ".join(f"{actions.count(one)} {one}" for one in ("merged", "equal", "copied") if one in actions)
+    return (
+        f"{out}: {len(actions)} tensors ({counts}), {size(metrics['bytes_written'])} in "
+        f"{duration(metrics['seconds'])}, peak memory {size(metrics['peak_rss'])}"
+    )

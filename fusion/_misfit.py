@@ -1,0 +1,170 @@
+"""What keeps models from being merged, in sentences: tensors that one has and another lacks, shapes, dtypes, quantised
+weights, heads that are tied in one model and not in another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import torch
+
+from fusion.checkpoint import NAMES, Entry, Source
+
+if TYPE_CHECKING:
+    from fusion._tasks import Inputs
+
+HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
+SCALES = ("_scale", "_scale_inv", ".scales", ".absmax", ".qzeros", ".SCB", ".g_idx", ".quant_map", "_zero_point")
+CODES = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
+Named = Mapping[str, Mapping[str, str]]  # model -> {the target's name: its own}
+
+
+def called(model: str) -> str:
+    return f"'{model}'" if model else "the base"
+
+
+def shown(entry: Entry) -> str:
+    return " x ".join(map(str, entry.shape)) or "a scalar"
+
+
+def some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def refuse_codes(who: str, source: Source) -> None:
+    """ValueError for weights that are codes beside their scales, since an average of codes means nothing, and for
+    complex ones."""
+    for name, entry in source.entries.items():
+        if entry.dtype.is_complex:
+            raise ValueError(f"{name} of {who} holds complex numbers ({str(entry.dtype)[6:]}), which no method merges")
+    method = (source.config.get("quantization_config") or {}).get("quant_method")
+    scales = [name for name in source.entries if name.endswith(SCALES)]
+    codes = [name for name, entry in source.entries.items() if entry.dtype in CODES and len(entry.shape) > 1]
+    floats8 = [name for name in codes if source.entries[name].dtype.is_floating_point]
+    if (codes and (scales or method)) or floats8:
+        kind = NAMES[source.entries[codes[0]].dtype]
+        beside = f" beside {scales[0]}" if scales else ""
+        raise ValueError(
+            f"{who} is quantised{f' ({method})' if method else ''}: {codes[0]} is {kind}{beside}, and codes can't be "
+            f"averaged; take the original, or write it in bfloat16 first (transformers: model.dequantize())"
+        )
+
+
+def tied_heads(inputs: Inputs, named: Named) -> Set[str]:
+    """The target's heads that are left out, as every model says its head is its embedding and some store it all the
+    same. ValueError where the head is the embedding in one model and not in another."""
+    every = {model: (source, named.get(model)) for model, source in inputs.everyone.items()}
+    heads = {head for source in inputs.everyone.values() for head in source.entries if _tail(head) in HEADS}
+    left: set[str] = set()
+    for head in sorted(heads):
+        own = {model: head if table is None else table.get(head) for model, (_, table) in every.items()}
+        has = {model for model, name in own.items() if name is not None and name in inputs.source(model).entries}
+        partners = {model: _embedding(inputs.source(model)) for model in every}
+        lacks = [model for model in every if model not in has and partners[model]]
+        if not has or not lacks or any(not _says_tied(inputs.source(model)) for model in lacks):
+            continue
+        for model in sorted(has):
+            source, name = inputs.source(model), str(own[model])
+            if not _equal(source, name, partners[model]):
+                raise ValueError(
+                    f"{called(model)} has a head of its own ({name}), and {called(lacks[0])} takes its embedding for it "
+                    f"(tie_word_embeddings): one of them has to be rewritten; untie the second (save lm_head.weight, "
+                    f"tie_word_embeddings: false)"
+                )
+        left.add(head)
+    return left
+
+
+def _tail(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _says_tied(source: Source) -> bool:
+    config = source.config.get("text_config") or source.config
+    return bool(config.get("tie_word_embeddings", source.config.get("tie_word_embeddings", True)))
+
+
+def _embedding(source: Source) -> str | None:
+    return next((name for name in source.entries if _tail(name) in EMBEDDINGS), None)
+
+
+def _equal(source: Source, one: str, other: str | None) -> bool:
+    """Whether two tensors of a model hold the same bytes."""
+    if other is None or source.entries[one].shape != source.entries[other].shape:
+        return False
+    entry, step = source.entries[one], 1 << 20
+    if entry.dtype != source.entries[other].dtype:
+        return False
+    a, b = (torch.empty(min(step, entry.numel), dtype=entry.dtype) for _ in range(2))
+    for start in range(0, entry.numel, step):
+        stop = min(start + step, entry.numel)
+        source.read(one, start, stop, a[: stop - start])
+        source.read(other, start, stop, b[: stop - start])
+        if not torch.equal(a[: stop - start].view(torch.uint8), b[: stop - start].view(torch.uint8)):
+            return False
+    return True
+
+
+def refuse_gaps(
+    inputs: Inputs, named: Named, merging: Sequence[str], known: Set[str], only: Sequence[str] | None, hidden: Set[str]
+) -> None:
+    """ValueError when a model lacks tensors that are to be merged, or has some that the target has no place for."""
+    target = called(inputs.target[0])
+    for model, table in named.items():
+        missing = [name for name in merging if name not in table]
+        if missing:
+            raise ValueError(
+                f"{called(model)} lacks {len(missing)} of the {len(merging)} tensors to merge: {some(missing)}; say with "
+                f"copy: (or only:) that they stay {target}'s, or with names: what it calls them"
+            )
+        if inputs.names.get(model):
+            continue
+        extra = [
+            name
+            for name in table
+            if name not in known
+            and name not in hidden
+            and (only is None or any(fnmatchcase(name, glob) for glob in only))
+        ]
+        if extra:
+            raise ValueError(
+                f"{called(model)} has {len(extra)} tensors that {target} has no place for: {some(extra)}; only models of "
+                f"one architecture can be merged (with names: a model says what its tensors are called in {target}, with "
+                f"only: which ones count)"
+            )
+
+
+def refuse_shapes(inputs: Inputs, named: Named, merging: Sequence[str]) -> None:
+    """ValueError, with both shapes, when a tensor is not of one shape in all models."""
+    first_name, first = inputs.target
+    for name in merging:
+        wanted = first.entries[name]
+        for model, table in named.items():
+            entry = inputs.models[model].entries[table[name]]
+            if entry.shape == wanted.shape:
+                continue
+            both = f"{shown(entry)} in {called(model)} and {shown(wanted)} in {called(first_name)}"
+            if _tail(name) in (*EMBEDDINGS, *HEADS) and entry.shape[1:] == wanted.shape[1:]:
+                raise ValueError(
+                    f"{name} is {both}: their vocabularies have {entry.shape[0]} and {wanted.shape[0]} rows; bring them "
+                    f"to one by a retokenize step first"
+                )
+            raise ValueError(f"{name} is {both}; only models of one architecture and size can be merged")
+
+
+def refuse_dtypes(inputs: Inputs, named: Named, merging: Sequence[str]) -> None:
+    """ValueError, with both dtypes, when a tensor is not of one dtype in all models: nothing is cast unasked."""
+    everyone = inputs.everyone.items()
+    for name in merging:
+        found: dict[torch.dtype, str] = {}
+        for model, source in everyone:
+            found.setdefault(source.entries[named[model][name] if model else name].stored, model)
+        if len(found) > 1:
+            (one, first), (other, second) = list(found.items())[:2]
+            raise ValueError(
+                f"{name} is {str(one)[6:]} in {called(first)} and {str(other)[6:]} in {called(second)}; say what the "
+                f"result is to be (dtype: {str(one)[6:]}), the sums are float32 either way"
+            )

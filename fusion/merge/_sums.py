@@ -1,0 +1,90 @@
+"""Float64 sums whose bits depend on the entries alone: not on chunks, threads, batch or machine.
+
+Within a block of 4,096 entries 512 lanes each add their 8 entries in order (lane j has entries j, j + 512, ...), the
+lanes are folded in halves, and blocks are added by a binary tree. A short last block counts as filled with zeros.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+BLOCK = 4096
+LANES = 512
+_PIECE = 32 * BLOCK  # what stays in a core's cache while it is widened and folded
+
+
+def tree(parts: Tensor) -> Tensor:  # (m, ...)
+    """(...) sum of the parts: neighbours are added level by level, an odd last one is carried."""
+    if len(parts) == 0:
+        return parts.new_zeros(parts.shape[1:])
+    while len(parts) > 1:
+        even = len(parts) // 2 * 2
+        added = parts[0:even:2] + parts[1:even:2]
+        parts = added if even == len(parts) else torch.cat([added, parts[even:]])
+    return parts[0]
+
+
+def total(x: Tensor) -> Tensor:  # (..., n)
+    """(...) float64 sums over the last axis."""
+    sums = []
+    for steps in _pieces(x):
+        lanes = steps[..., 0, :].clone()
+        for step in range(1, steps.shape[-2]):
+            lanes += steps[..., step, :]
+        sums.append(_folded(lanes).movedim(-1, 0))
+    return tree(torch.cat(sums)) if sums else x.new_zeros(x.shape[:-1], dtype=torch.float64)
+
+
+def row_total(x: Tensor, rows: int) -> Tensor:  # (..., rows * length)
+    """(..., rows) float64 sums of the rows; each by itself, so that it does not matter which rows a chunk holds."""
+    each = x.reshape(-1, x.shape[-1] // rows)
+    at_once = max(1, _PIECE // max(1, each.shape[1]))
+    return torch.cat([total(part) for part in each.split(at_once)]).view(*x.shape[:-1], rows)
+
+
+def gram(vectors: Tensor) -> Tensor:  # (m, n) float32
+    """(m, m) float64 inner products; the products of two float32 are exact in float64."""
+    m, n = vectors.shape
+    if n == 0:
+        return vectors.new_zeros((m, m), dtype=torch.float64)
+    # loading the compiled loops takes longer than the Gram matrices of a small model do: an engine that has much to do
+    # imports them beforehand, anybody else goes without; the bits are the same
+    kernels = sys.modules.get("fusion.merge._compiled")
+    if kernels is not None and vectors.device.type == "cpu" and vectors.dtype == torch.float32:
+        products = torch.empty(-(-n // BLOCK), m, m, dtype=torch.float64)
+        kernels.block_products(vectors.contiguous().numpy(), products.numpy())
+        return tree(products)
+    parts = []
+    for steps in _pieces(vectors):
+        out = steps.new_zeros(m, m, steps.shape[1])
+        for i in range(m):
+            lanes = steps[i, :, 0] * steps[: i + 1, :, 0]
+            for step in range(1, steps.shape[-2]):
+                lanes.addcmul_(steps[i, :, step], steps[: i + 1, :, step])
+            out[i, : i + 1] = out[: i + 1, i] = _folded(lanes)
+        parts.append(out.movedim(-1, 0))
+    return tree(torch.cat(parts))
+
+
+def _pieces(x: Tensor) -> Iterator[Tensor]:  # (..., n)
+    """(..., blocks, steps, LANES) float64, some blocks at a time."""
+    # of a tensor shorter than a block, steps that would add nothing but zeros are left out
+    block = min(BLOCK, -(-x.shape[-1] // LANES) * LANES)
+    for start in range(0, x.shape[-1], _PIECE):
+        piece = x[..., start : start + _PIECE]
+        short = -piece.shape[-1] % block
+        piece = pad(piece, (0, short)) if short else piece
+        yield piece.unflatten(-1, (-1, block // LANES, LANES)).double()
+
+
+def _folded(lanes: Tensor) -> Tensor:  # (..., LANES)
+    """(...) sums of the lanes."""
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]

@@ -1,0 +1,73 @@
+"""Readings added up over the ranks of a run, a few tensors at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusion.merge._x import Max, Min, Reading, Sum
+
+TOGETHER = 16  # tensors whose readings travel in one message
+Readings = Mapping[str, Reading]
+
+
+def several() -> bool:
+    """Whether this process is one of several ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def added_up(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over all ranks; the values themselves in a process alone."""
+    out = {name: value.clone() for name, value in values.items()}
+    if several():
+        for value in out.values():
+            dist.all_reduce(value)
+    return out
+
+
+def over_ranks(
+    own: Mapping[str, Readings], names: Sequence[str], nothing: Callable[[str], Readings]
+) -> dict[str, Readings]:
+    """By name the readings over all ranks' parts; `nothing(name)` says what the readings of a part look like."""
+    out: dict[str, Readings] = {}
+    for first in range(0, len(names), TOGETHER):
+        some = names[first : first + TOGETHER]
+        full = {name: own[name] if name in own else _zero(nothing(name)) for name in some}
+        kinds = [(name, s, type(reading)) for name, readings in full.items() for s, reading in readings.items()]
+        for kind, operation in ((Sum, dist.ReduceOp.SUM), (Max, dist.ReduceOp.MAX), (Min, dist.ReduceOp.MIN)):
+            for floating in (False, True):
+                here = [
+                    (name, s)
+                    for name, s, k in kinds
+                    if k is kind and full[name][s].value.is_floating_point() is floating
+                ]
+                if not here:
+                    continue
+                flat = torch.cat([_wide(full[name][s].value).flatten() for name, s in here])
+                dist.all_reduce(flat, op=operation)
+                sizes = [full[name][s].value.numel() for name, s in here]
+                for (name, s), part in zip(here, flat.split(sizes), strict=True):
+                    shape = full[name][s].value.shape
+                    out[name] = {**out.get(name, {}), s: kind(part.reshape(shape))}
+    return out
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value.long()
+
+
+def _zero(readings: Readings) -> dict[str, Reading]:
+    """Readings of the same form that change nothing."""
+    empty: dict[str, Reading] = {}
+    for name, reading in readings.items():
+        value = reading.value
+        if isinstance(reading, Sum):
+            empty[name] = Sum(torch.zeros_like(value))
+        else:
+            bounds = torch.finfo(value.dtype) if value.is_floating_point() else torch.iinfo(value.dtype)
+            least = isinstance(reading, Max)
+            empty[name] = type(reading)(torch.full_like(value, bounds.min if least else bounds.max))
+    return empty

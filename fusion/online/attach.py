@@ -1,0 +1,243 @@
+"""The hooks around an optimizer's step, and what they keep: task vectors, windows, readings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion._method import Region
+from fusion._params import layer_count, layer_index
+from fusion._say import nearest
+from fusion.merge._draw import Draw
+from fusion.merge._x import Running
+from fusion.online._reduce import added_up, over_ranks
+from fusion.online.layouts import Piece, layout
+from fusion.online.settings import OnlineMerge, Readable
+
+CHUNK = 1 << 18  # elements merged at once: what is alive beside the weights stays small
+MASKED = 1  # the task vector is the second of the two that are merged
+
+
+class Handle:
+    """An attached online merge: its state, its readings, and the way to end it."""
+
+    def __init__(
+        self,
+        merge: OnlineMerge,
+        optimizer: torch.optim.Optimizer,
+        named: list[tuple[str, Tensor]],
+        task_vectors: Mapping[str, Tensor | Readable],
+    ) -> None:
+        self.merge, self.optimizer = merge, optimizer
+        self.method, self.params = merge.checked()
+        self.layout = layout(optimizer, named)
+        self.layers = layer_count(name for name, _ in named)
+        self.steps: dict[str, int] = {}  # key of the layout -> optimizer steps seen
+        self.snapshots: dict[str, list[Tensor]] = {}  # key -> its pieces at the start of the window
+        self.watch = False  # measure the next merge
+        self.readings: dict[str, float] = {}  # of the last merge that was watched
+        self.vectors = self._vectors(task_vectors)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def detach(self) -> None:
+        """Takes the hooks off; the weights stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank: steps seen, and within a window the weights at its start. Task vectors are not in it."""
+        return {"steps": dict(self.steps), "snapshots": {k: [t.clone() for t in v] for k, v in self.snapshots.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken; ValueError when it is of another sharding."""
+        for key, pieces in state["snapshots"].items():
+            here = [piece.flat.numel() for piece in self._pieces(key)]
+            if [t.numel() for t in pieces] != here:
+                raise ValueError(
+                    f"the state of online merging is of another sharding ({key} has pieces of {here} elements here); "
+                    f"inside a window of {self.merge.every} steps a run goes on with as many ranks as it had"
+                )
+        self.steps = dict(state["steps"])
+        self.snapshots = {
+            key: [t.to(piece.flat.device, copy=True) for t, piece in zip(pieces, self._pieces(key), strict=True)]
+            for key, pieces in state["snapshots"].items()
+        }
+
+    def _pieces(self, key: str) -> tuple[Piece, ...]:
+        return next((pieces for one, pieces in self.layout.held.values() if one == key), ())
+
+    def _vectors(self, given: Mapping[str, Tensor | Readable]) -> dict[str, Tensor]:
+        """The task vector under each piece, (n,) in its own dtype."""
+        found: dict[str, Tensor] = {}
+        moved = not self.layout.pieces
+        for piece in self.layout.pieces:
+            if piece.name not in given:
+                raise ValueError(
+                    f"there is no task vector for '{piece.name}'{nearest(piece.name, given)}; every trained parameter "
+                    f"needs one"
+                )
+            vector = given[piece.name]
+            if tuple(vector.shape) != piece.shape:
+                raise ValueError(
+                    f"'{piece.name}' is {piece.shape} in the model and {tuple(vector.shape)} in the task vector; a "
+                    f"resized vocabulary needs a base and a reference of that size (step retokenize)"
+                )
+            stop = piece.start + piece.flat.numel()
+            if isinstance(vector, Tensor):
+                own = vector.detach().reshape(-1)[piece.start : stop].to(piece.flat.device)
+            else:
+                own = vector.read(piece.start, stop, piece.flat).to(piece.flat.device)
+            moved = moved or bool(own.count_nonzero())
+            found[piece.name] = self._masked(piece, own)
+        if not added_up({"moved": torch.tensor(int(moved))})["moved"]:
+            raise ValueError("the task vector is zero everywhere: reference and base are the same model")
+        return found
+
+    def _masked(self, piece: Piece, vector: Tensor) -> Tensor:
+        """The task vector with the mask that the authors' code draws once."""
+        if self.merge.semantics != "code" or self.method.word != "dare":
+            return vector
+        p = float(self.params["density"])
+        keep = Draw(self.merge.seed, piece.name, piece.start, len(vector), 0, str(vector.device)).uniform(MASKED) < p
+        return (vector.float() / p).clamp_(-1, 1).mul_(keep)
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.merge.idle:
+            return
+        for key, pieces in self._stepped(optimizer):
+            if key not in self.snapshots:
+                self.snapshots[key] = [piece.flat.clone() for piece in pieces]
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        due = []
+        for key, pieces in self._stepped(optimizer):
+            self.steps[key] = self.steps.get(key, 0) + 1
+            if self.steps[key] % self.merge.every == 0 and not self.merge.idle:
+                due.append((key, pieces, self.snapshots.pop(key)))
+        if due:
+            self._merge(due)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+        """What this call steps on: DeepSpeed steps group by group, the other groups being left out or empty."""
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                yield self.layout.of(tensor)
+
+    def _merge(self, due: list[tuple[str, tuple[Piece, ...], list[Tensor]]]) -> None:
+        """old + merge([update, task vector]) in place of old + update, for all that one call stepped on."""
+        number = self.steps[due[0][0]] // self.merge.every
+        work = [
+            (piece, old, piece.flat - old) for _, pieces, olds in due for piece, old in zip(pieces, olds, strict=True)
+        ]
+        split = list(dict.fromkeys(name for key, _, _ in due for name in self.layout.split.get(key, ())))
+        stats: dict[str, Mapping[str, Tensor]] = {piece.name: {} for piece, _, _ in work}
+        stats |= {name: {} for name in split}
+        needed = {name: self.method.needed(self._concrete(name)) for name in stats}
+        for index in range(max(needed.values(), default=0)):
+            readings = {}
+            for piece, _, update in work:
+                if index >= needed[piece.name]:
+                    continue
+                running = Running()
+                for i, region in enumerate(self._regions(piece, update, stats[piece.name], number)):
+                    running.add(i, self.method.call_pass(index, region, self._concrete(piece.name)))
+                readings[piece.name] = running.readings()
+            shared = [name for name in split if index < needed[name]]
+            if shared:
+                readings |= self._shared(index, {n: readings[n] for n in shared if n in readings}, shared, stats)
+            for name, found in readings.items():
+                values = {s: reading.value for s, reading in found.items()}
+                stats[name] = self.method.settle({**stats[name], **values}, self._concrete(name), self._weights())
+        measured = _Measured() if self.watch else None
+        for piece, old, update in work:
+            place = 0
+            for region in self._regions(piece, update, stats[piece.name], number):
+                merged = self.method.call(region, self._concrete(piece.name)).tensor
+                here = slice(place, place + len(merged))
+                torch.add(old[here], merged, out=piece.flat[here])
+                if measured is not None:
+                    measured.add(region, merged)
+                place += len(merged)
+        if measured is not None:
+            self.readings, self.watch = measured.readings(), False
+
+    def _shared(self, index: int, own: Mapping[str, Any], names: list[str], stats: Mapping[str, Any]) -> dict[str, Any]:
+        """Readings of tensors that several ranks hold parts of, added up over the ranks."""
+
+        def nothing(name: str) -> Any:
+            one = torch.zeros(2, 1)
+            region = Region(one, one[0], self._weights(), name, (1,), stats=stats[name], seed=self.merge.seed)
+            return self.method.call_pass(index, region, self._concrete(name))
+
+        return over_ranks(own, names, nothing)
+
+    def _regions(self, piece: Piece, update: Tensor, stats: Mapping[str, Tensor], step: int) -> Iterator[Region]:
+        vector = self.vectors[piece.name]
+        index = layer_index(piece.name)
+        for first in range(0, len(update), CHUNK):
+            here = slice(first, first + CHUNK)
+            both = torch.stack([update[here].float(), vector[here].float()])
+            yield Region(
+                both,
+                torch.zeros_like(both[0]),
+                self._weights(both.device),
+                piece.name,
+                piece.shape,
+                layer=None if index is None else (index, self.layers),
+                start=piece.start + first,
+                stats=stats,
+                seed=self.merge.seed,
+                step=step,
+            )
+
+    def _weights(self, device: str | torch.device = "cpu") -> Tensor:
+        return torch.tensor([1 - self.merge.alpha, self.merge.alpha], dtype=torch.float32, device=device)
+
+    def _concrete(self, name: str) -> dict[str, Any]:
+        """The method's parameters for one tensor."""
+        index = layer_index(name)
+        params = self.method.resolve(self.params, name, None if index is None else (index, self.layers))
+        if self.merge.semantics == "code" and self.method.word == "dare":
+            params["density"] = [float(params["density"]), 1.0]  # the task vector is masked already
+        return params
+
+
+class _Measured:
+    """What a merge did to its update, over this rank's pieces."""
+
+    def __init__(self) -> None:
+        self.kept = self.conflicts = self.entries = 0
+        self.squares = torch.zeros(3, dtype=torch.float64)
+
+    def add(self, region: Region, merged: Tensor) -> None:
+        both: Tensor = region.tensors  # type: ignore[assignment]  # element methods get them stacked
+        update, vector = both
+        self.entries += update.numel()
+        self.kept += int(((merged != 0) & (update != 0)).sum())
+        self.conflicts += int((update * vector < 0).sum())
+        self.squares += torch.stack([x.double().square().sum() for x in (update, vector, merged)]).cpu()
+
+    def readings(self) -> dict[str, float]:
+        found = added_up(
+            {
+                "counts": torch.tensor([self.kept, self.conflicts, self.entries], dtype=torch.float64),
+                "squares": self.squares,
+            }
+        )
+        kept, conflicts, entries = found["counts"].tolist()
+        update, vector, merged = found["squares"].sqrt().tolist()
+        return {
+            "update_kept": kept / max(entries, 1),
+            "sign_conflicts": conflicts / max(entries, 1),
+            "update_norm": update,
+            "task_vector_norm": vector,
+            "merged_norm": merged,
+        }

@@ -1,0 +1,1 @@
+"""What follows any merge method: one file per word, one function per file."""

@@ -1,0 +1,121 @@
+"""One rank of tests/test_online_ranks.py: trains small networks with a task vector merged in, under one sharding.
+
+python online_rank.py KIND METHOD:EVERY,... DTYPE FILE        with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from fusion.online import OnlineMerge
+
+STEPS, BATCH = 8, 12
+
+
+class Net(torch.nn.Module):
+    """Odd sizes, so that shards need padding; a scalar-like bias; two groups of weight decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(7, 13), torch.nn.Linear(13, 5, bias=False)
+        self.gain = torch.nn.Parameter(torch.ones(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x))) * self.gain
+
+
+def start() -> tuple[Net, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    net = Net()
+    g = torch.Generator().manual_seed(9)
+    return net, {n: torch.randn(p.shape, generator=g) * 0.1 for n, p in net.named_parameters()}
+
+
+def groups(net: torch.nn.Module) -> list[dict]:
+    named = list(net.named_parameters())
+    return [
+        {"params": [p for n, p in named if n.endswith("weight")], "weight_decay": 0.1},
+        {"params": [p for n, p in named if not n.endswith("weight")], "weight_decay": 0.0},
+    ]
+
+
+def data(step: int, rank: int, world: int) -> torch.Tensor:
+    x = torch.randn(BATCH, 7, generator=torch.Generator().manual_seed(100 + step))
+    return x.chunk(world)[rank]
+
+
+def train(kind: str, merge: OnlineMerge, dtype: str, rank: int, world: int) -> dict[str, torch.Tensor]:
+    """Weights by name after STEPS steps; of DeepSpeed the masters, and under model.NAME the model's own."""
+    net, task = start()
+    if kind.startswith("zero"):
+        return train_zero(kind, merge, dtype, rank, world, net, task)
+    model: torch.nn.Module = net
+    if kind == "ddp" and world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(net)
+    if kind == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = torch.optim.SGD(groups(net), lr=0.05)
+    merge.attach(optimizer, net.named_parameters(), task)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(data(step, rank, world)).square().mean().backward()
+        optimizer.step()
+    return {n: (p.full_tensor() if kind == "fsdp" else p).detach().clone() for n, p in net.named_parameters()}
+
+
+def train_zero(kind: str, merge: OnlineMerge, dtype: str, rank: int, world: int, net: Net, task: dict) -> dict:
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    config = {
+        "train_batch_size": world,
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": int(kind[4]), "sub_group_size": 40, "reduce_scatter": False},
+        "bf16": {"enabled": dtype == "bfloat16"},
+    }
+    optimizer = torch.optim.SGD(groups(net), lr=0.05)
+    engine, wrapped, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
+    merge.attach(wrapped.optimizer, engine.module.named_parameters(), task)
+    for step in range(STEPS):
+        x = data(step, rank, world).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        engine.backward(engine(x).float().square().mean())
+        engine.step()
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        weights[name] = safe_get_full_fp32_param(parameter).clone()
+        with deepspeed.zero.GatheredParameters([parameter], enabled=kind == "zero3"):
+            weights[f"model.{name}"] = parameter.data.clone().float()
+    return weights
+
+
+def main() -> None:
+    kind, what, dtype, file = sys.argv[1:]
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if kind.startswith("zero"):
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    elif world > 1:
+        dist.init_process_group("gloo")
+    found = {}
+    for one in what.split(","):
+        method, every = one.split(":")
+        merge = OnlineMerge(method, alpha=0.05, density=0.5, every=int(every), seed=1)
+        weights = train(kind, merge, dtype, rank, world)
+        found |= {f"{one}/{name}": weight.contiguous() for name, weight in weights.items()}
+    if rank == 0:
+        save_file(found, file)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,438 @@
+"""Merges from disk to disk: the same bits as in memory, however they are cut, shared, ordered or interrupted."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fusion import words
+from fusion._method import Method
+from fusion.merge import merge_checkpoints, merge_state_dicts
+
+SHAPES = {
+    "model.embed_tokens.weight": (150, 64),  # 2.3 blocks of 4,096
+    "model.layers.0.mlp.up_proj.weight": (96, 160),
+    "model.layers.0.norm.weight": (64,),
+    "model.layers.1.mlp.up_proj.weight": (96, 160),
+    "model.layers.1.conv.weight": (6, 5, 3, 3),
+    "model.layers.1.norm.weight": (5000,),
+    "model.layers.10.scale": (),
+    "model.layers.2.frozen.weight": (80, 64),
+    "model.layers.2.nothing.weight": (0, 64),
+    "model.norm.weight": (64,),
+}
+REQUIRED = {"slerp": {"t": 0.3}, "nearswap": {"t": 0.02}, "expo": {"alpha": 0.1}}
+ALL = [word.word for word in words.list_room("merge") if word.constants.get("UNIT") != "adapter"]
+
+
+def make(folder: Path, seed: int, dtype=torch.float32, shuffle: bool = False) -> Path:
+    """A small model: seed 0 is the base, another one stands a little beside it, but for one frozen tensor."""
+    base, other = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in SHAPES.items():
+        tensor = torch.randn(shape, generator=base)
+        change = torch.randn(shape, generator=other) * 0.1
+        tensors[name] = (tensor if seed == 0 or "frozen" in name else tensor + change).to(dtype)
+    tensors["model.rotary.position_ids"] = torch.arange(7)
+    folder.mkdir(parents=True)
+    write(folder / "model.safetensors", tensors, list(reversed(tensors)) if shuffle else list(tensors))
+    (folder / "config.json").write_text(json.dumps({"model_type": "tiny", "num_hidden_layers": 11, "dtype": "float32"}))
+    return folder
+
+
+def write(file: Path, tensors, order) -> None:
+    """A safetensors file whose tensors lie in this order, which the library would sort."""
+    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.float16: "F16"}
+    table, data = {}, b""
+    for name in order:
+        raw = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b""
+        table[name] = {
+            "dtype": kinds[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    text = json.dumps(table).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed in range(4):
+        make(folder / f"m{seed}", seed)
+        make(folder / f"shuffled{seed}", seed, shuffle=True)
+        tensors = load_file(folder / f"m{seed}" / "model.safetensors")
+        save_file(statistics(tensors, seed), folder / f"statistics{seed}.safetensors")
+    return folder
+
+
+def statistics(tensors, seed: int):
+    """Made-up statistics of every kind that methods read."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    found = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        found[f"fisher/{name}"] = torch.rand(tensor.shape, generator=generator)
+        if tensor.dim() == 2 and tensor.numel():
+            x = torch.randn(2 * tensor.shape[1], tensor.shape[1], generator=generator)
+            y = torch.randn(2 * tensor.shape[0], tensor.shape[0], generator=generator)
+            found[f"gram/{name}"], found[f"output_gram/{name}"] = x.T @ x, y.T @ y
+            found[f"activations/{name}"] = torch.rand(tensor.shape[1], generator=generator)
+    return found
+
+
+def arguments(word: str, models: Path, kind: str = "m"):
+    """What a method is given: models, base, parameters, statistics."""
+    method = Method.of(word)
+    fewest, most = method.models
+    count = min(3, most or 3)
+    chosen = {f"m{n}": models / f"{kind}{n}" for n in range(1, count + 1)}
+    given: dict = {"params": dict(REQUIRED.get(word, {}))}
+    if method.base_required:
+        given["base"] = models / f"{kind}0"
+    if "weights" in method.needs:
+        given["weights"] = [0.5, 0.3, 0.4][:count]
+    if method.inputs:
+        given["statistics"] = {name: models / f"statistics{name[1:]}.safetensors" for name in chosen}
+    return chosen, given
+
+
+def raw(directory: Path) -> dict[str, bytes]:
+    """Every byte of the weights and by-products."""
+    return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*.safetensors"))}
+
+
+def run(word: str, models: Path, out: Path, kind: str = "m", **options) -> dict[str, bytes]:
+    chosen, given = arguments(word, models, kind)
+    merge_checkpoints(word, chosen, out, **{"threads": 1, "seed": 7, **given, **options})
+    return raw(out)
+
+
+@pytest.mark.parametrize("word", ALL)
+def test_same_bits_however_it_is_cut(word, models, tmp_path):
+    whole = run(word, models, tmp_path / "a", chunk=1 << 22)
+    assert run(word, models, tmp_path / "b", chunk=1 << 12, threads=4) == whole
+    assert run(word, models, tmp_path / "c", kind="shuffled", memory="16MiB") == whole
+    loaded = load_file(tmp_path / "a" / "model.safetensors")
+    assert set(loaded) == {*SHAPES, "model.rotary.position_ids"}
+    assert all(bool(torch.isfinite(one).all()) for one in loaded.values())
+
+
+@pytest.mark.parametrize("word", ALL)
+def test_same_bits_as_in_memory(word, models, tmp_path):
+    chosen, given = arguments(word, models)
+    run(word, models, tmp_path / "out", chunk=1 << 12)
+    inputs = None
+    if given.get("statistics"):
+        sides = [load_file(file) for file in given["statistics"].values()]
+        inputs = {
+            kind: [{n.split("/", 1)[1]: t for n, t in side.items() if n.startswith(f"{kind}/")} for side in sides]
+            for kind in Method.of(word).inputs
+        }
+    memory = merge_state_dicts(
+        word,
+        [load_file(path / "model.safetensors") for path in chosen.values()],
+        base=load_file(given["base"] / "model.safetensors") if "base" in given else None,
+        weights=given.get("weights"),
+        inputs=inputs,
+        seed=7,
+        **given["params"],
+    )
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, memory[name]), name
+
+
+def forked(work) -> int:
+    """A process of its own that does the work; its id. A fork, since every method in a fresh one would take minutes."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+        os._exit(0)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("word", ALL)
+def test_two_ranks_write_the_same_bits(word, models, tmp_path):
+    whole = run(word, models, tmp_path / "alone")
+
+    def rank(number):
+        return lambda: run(word, models, tmp_path / "shared", chunk=1 << 12, rank=number, world=2)
+
+    assert [ended(child) for child in [forked(rank(n)) for n in range(2)]] == [0, 0]
+    assert raw(tmp_path / "shared") == whole
+    named = json.loads((tmp_path / "shared" / "merge.json").read_text())["tensors"]
+    assert named == json.loads((tmp_path / "alone" / "merge.json").read_text())["tensors"]
+    assert not list((tmp_path / "shared").glob("*jsonl")) and not list((tmp_path / "shared").glob("finished*"))
+
+
+def killed_at(number: int, word: str, models: Path, out: Path) -> int:
+    """Runs a merge that is killed at its `number`-th write; the exit status."""
+
+    def work():
+        from fusion.checkpoint import Writer
+
+        write, count = Writer.write, iter(range(number))
+
+        def counted(*given):
+            if next(count, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(*given)
+
+        Writer.write = counted
+        run(word, models, out, chunk=1 << 12, threads=2)
+
+    return ended(forked(work))
+
+
+@pytest.mark.parametrize("word", ALL)
+def test_killed_three_times_it_goes_on_to_the_same_bits(word, models, tmp_path):
+    whole = run(word, models, tmp_path / "whole")
+    out = tmp_path / "out"
+    for number in torch.randint(0, 6, (3,), generator=torch.Generator().manual_seed(len(word))).tolist():
+        assert killed_at(number, word, models, out) == -signal.SIGKILL
+        assert not out.exists(), "nothing that looks whole"
+    run(word, models, out, chunk=1 << 12)
+    assert raw(out) == whole and not out.with_name("out.partial").exists()
+
+
+VARIANTS = [
+    ("ties", {"scope": "model", "density": 0.3}),
+    ("ties", {"density": {"layers": [0.2, 0.9]}}),
+    ("task_arithmetic", {"scale": {"match": {"*.mlp.*": 0.3, "*": 0.5}}}),
+    ("dare", {"density": 0.5, "consensus": "ties", "rescale": "l1"}),
+    ("della", {"consensus": "ties"}),
+    ("breadcrumbs", {"density": 0.5, "gamma": 0.05, "consensus": "ties"}),
+    ("sce", {"select_topk": 0.5}),
+]
+
+
+@pytest.mark.parametrize("word, params", VARIANTS, ids=lambda value: value if isinstance(value, str) else str(value))
+def test_parameters_change_no_law(word, params, models, tmp_path):
+    whole = run(word, models, tmp_path / "a", params=params, chunk=1 << 22)
+    assert run(word, models, tmp_path / "b", params=params, chunk=1 << 12, threads=3) == whole
+    shared = {"params": params, "chunk": 1 << 12, "world": 2}
+    ranks = [forked(lambda n=n: run(word, models, tmp_path / "c", rank=n, **shared)) for n in range(2)]
+    assert [ended(child) for child in ranks] == [0, 0] and raw(tmp_path / "c") == whole
+    chosen, given = arguments(word, models)
+    memory = merge_state_dicts(
+        word,
+        [load_file(path / "model.safetensors") for path in chosen.values()],
+        base=load_file(given["base"] / "model.safetensors"),
+        weights=given.get("weights"),
+        seed=7,
+        **params,
+    )
+    for name, tensor in load_file(tmp_path / "a" / "model.safetensors").items():
+        assert torch.equal(tensor, memory[name]), name
+
+
+def test_post_words_see_the_merge_before_it_is_rounded(models, tmp_path):
+    post = [{"lines": {"alpha": 0.5}}, {"aim": {"omega": 0.4}}]
+    side = {"base": models / "statistics0.safetensors"}
+    whole = run("ties", models, tmp_path / "a", post=post, statistics=side, chunk=1 << 22)
+    assert run("ties", models, tmp_path / "b", post=post, statistics=side, chunk=1 << 12, threads=3) == whole
+    base = load_file(models / "m0" / "model.safetensors")
+    run("ties", models, tmp_path / "c")
+    merged, after = (load_file(tmp_path / one / "model.safetensors") for one in ("c", "a"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    a = load_file(models / "statistics0.safetensors")[f"activations/{name}"]
+    expected = base[name] + (merged[name] - base[name]) * (0.5 + 0.5 * 1 / 10) * (1 - 0.6 * a / a.max())
+    torch.testing.assert_close(after[name], expected)
+    assert torch.equal(after["model.layers.2.frozen.weight"], base["model.layers.2.frozen.weight"])
+
+
+def test_equal_tensors_are_copied(models, tmp_path):
+    chosen, given = arguments("linear", models)
+    found = merge_checkpoints("linear", chosen, tmp_path / "out", threads=1, weights=[0.1, 0.2, 0.3])
+    frozen = load_file(tmp_path / "out" / "model.safetensors")["model.layers.2.frozen.weight"]
+    assert torch.equal(frozen, load_file(models / "m1" / "model.safetensors")["model.layers.2.frozen.weight"])
+    actions = {entry["name"]: entry["action"] for entry in found.metrics["tensors"]}
+    assert actions["model.layers.2.frozen.weight"] == "equal" and actions["model.rotary.position_ids"] == "copied"
+    assert actions["model.embed_tokens.weight"] == "merged"
+    sums = merge_checkpoints("linear", chosen, tmp_path / "sum", weights=[1, 1, 1], params={"normalize": False})
+    assert {entry["name"]: entry["action"] for entry in sums.metrics["tensors"]}["model.layers.2.frozen.weight"] == "merged"
+
+
+def test_shards_index_and_provenance(models, tmp_path):
+    chosen, given = arguments("linear", models)
+    merge_checkpoints("linear", chosen, tmp_path / "out", shard_size=30_000, threads=1)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert sorted(set(index["weight_map"].values())) == files and len(files) > 3
+    whole = {name: tensor for file in files for name, tensor in load_file(tmp_path / "out" / file).items()}
+    assert index["metadata"]["total_size"] == sum(one.numel() * one.element_size() for one in whole.values())
+    assert set(whole) == set(index["weight_map"])
+    about = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert about["method"] == "linear" and set(about["inputs"]) == set(chosen) and set(about["tensors"]) == set(whole)
+    import xxhash
+
+    tensor = whole["model.norm.weight"]
+    assert about["tensors"]["model.norm.weight"] == xxhash.xxh3_128(tensor.numpy().tobytes()).hexdigest()
+
+
+def changed(models: Path, folder: Path, change, config=lambda settings: None) -> Path:
+    """Model m1 with something else about it."""
+    tensors = load_file(models / "m1" / "model.safetensors")
+    settings = json.loads((models / "m1" / "config.json").read_text())
+    change(tensors)
+    config(settings)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def setting(name, value):
+    return lambda tensors: tensors.__setitem__(name, value)
+
+
+EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
+BAD = {
+    "missing": (lambda t: t.pop(NORM), "'odd' lacks 1 of the 11 tensors to merge: model.norm.weight"),
+    "extra": (setting("model.more", torch.ones(2)), "'odd' has 1 tensors that the base has no place for: model.more"),
+    "shape": (setting(NORM, torch.ones(65)), "model.norm.weight is 65 in 'odd' and 64 in the base"),
+    "vocabulary": (setting(EMBED, torch.ones(151, 64)), "their vocabularies have 151 and 150 rows; .* retokenize step"),
+    "dtype": (setting(NORM, torch.ones(64).half()), "is float32 in 'm2' and float16 in 'odd'; say .*dtype: float32"),
+    "integers": (setting("model.rotary.position_ids", torch.arange(7) + 1), "whole numbers .int64. that differ"),
+    "nan": (setting(NORM, torch.full((64,), float("nan"))), "model.norm.weight of 'odd' has NaN in it"),
+    "infinity": (setting(EMBED, torch.full((150, 64), float("inf"))), "embed_tokens.weight of 'odd' has infinity"),
+    "codes": (
+        lambda t: t.update({NORM: torch.ones(64, 2).char(), f"{NORM}_scale": torch.ones(1)}),
+        "'odd' is quantised: model.norm.weight is I8 beside model.norm.weight_scale",
+    ),
+    "float8": (setting(EMBED, torch.ones(150, 64).to(torch.float8_e4m3fn)), "'odd' is quantised: .* is F8_E4M3"),
+    "complex": (setting(NORM, torch.ones(64, dtype=torch.complex64)), "complex"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_inputs_get_a_sentence(what, models, tmp_path):
+    change, sentence = BAD[what]
+    odd = changed(models, tmp_path / "odd", change)
+    with pytest.raises(ValueError, match=sentence):
+        merge_checkpoints("ties", {"m2": models / "m2", "odd": odd}, tmp_path / "out", base=models / "m0")
+    assert not (tmp_path / "out").exists(), "no partial output ever looks whole"
+
+
+def test_results_that_are_not_finite_are_refused(models, tmp_path):
+    chosen, _ = arguments("linear", models)
+    with pytest.raises(ValueError, match="the merged .* has numbers that float16 can't hold .above 6.55e.04."):
+        merge_checkpoints("linear", chosen, tmp_path / "out", dtype="float16", weights=[1e6, 0, 0], params={"normalize": False})
+
+
+def test_heads_tied_here_and_not_there(models, tmp_path):
+    head = torch.randn(150, 64)
+    tied = changed(models, tmp_path / "tied", lambda t: None, setting("tie_word_embeddings", True))
+    own = changed(models, tmp_path / "own", setting("lm_head.weight", head), setting("tie_word_embeddings", False))
+    with pytest.raises(ValueError, match="head of its own"):
+        merge_checkpoints("linear", {"tied": tied, "own": own}, tmp_path / "out")
+    with pytest.raises(ValueError, match="head of its own"):
+        merge_checkpoints("linear", {"own": own, "tied": tied}, tmp_path / "out")
+
+    def stored(tensors):
+        tensors["lm_head.weight"] = tensors[EMBED].clone()
+
+    twice = changed(models, tmp_path / "twice", stored, setting("tie_word_embeddings", True))
+    for number, order in enumerate(({"tied": tied, "twice": twice}, {"twice": twice, "tied": tied})):
+        merge_checkpoints("linear", order, tmp_path / f"out{number}")
+        assert "lm_head.weight" not in load_file(tmp_path / f"out{number}" / "model.safetensors")
+
+
+def test_output_that_exists_and_a_full_disk(models, tmp_path, monkeypatch):
+    chosen, _ = arguments("linear", models)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="out exists; give another directory"):
+        merge_checkpoints("linear", chosen, tmp_path / "out")
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(ValueError, match="the result takes .* kB, and .* has 1 B free; make room"):
+        merge_checkpoints("linear", chosen, tmp_path / "other")
+
+
+def test_other_parameters_begin_anew(models, tmp_path, capsys):
+    assert killed_at(4, "ties", models, tmp_path / "out") == -signal.SIGKILL
+    fresh = run("ties", models, tmp_path / "fresh", params={"density": 0.7})
+    assert run("ties", models, tmp_path / "out", params={"density": 0.7}) == fresh
+    assert "was begun with other inputs or parameters; it is begun anew" in capsys.readouterr().out
+
+
+def test_what_was_damaged_meanwhile_is_made_again(models, tmp_path):
+    whole = run("ties", models, tmp_path / "whole")
+    assert killed_at(9, "ties", models, tmp_path / "out") == -signal.SIGKILL
+    file = tmp_path / "out.partial" / "model.safetensors"
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    with open(file, "r+b") as stream:
+        stream.seek(8 + length)
+        stream.write(bytes(file.stat().st_size - 8 - length))
+    assert run("ties", models, tmp_path / "out") == whole
+
+
+def test_two_processes_do_not_write_the_same_output(models, tmp_path):
+    import fcntl
+
+    (tmp_path / "out.partial").mkdir()
+
+    def busy():
+        with open(tmp_path / "out.partial" / ".lock", "w") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            (tmp_path / "locked").touch()
+            time.sleep(60)
+
+    child = forked(busy)
+    while not (tmp_path / "locked").exists():
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="another process is writing"):
+        run("linear", models, tmp_path / "out")
+    os.kill(child, signal.SIGKILL)
+    ended(child)
+
+
+def test_command_line(models, tmp_path):
+    command = [sys.executable, "-m", "fusion.cli", "merge", "ties", "--base", str(models / "m0")]
+    command += ["--model", f"{models / 'm1'}:0.5", "--model", str(models / "m2"), "--param", "density=0.4"]
+    command += ["--out", str(tmp_path / "out"), "--threads", "1", "--copy", "*norm*", "--post", "{lines: {alpha: 0.5}}"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"out: 11 tensors \(6 merged, 1 equal, 4 copied\), .* peak memory", done.stdout)
+    same = merge_checkpoints(
+        "ties",
+        {"m1": models / "m1", "m2": models / "m2"},
+        tmp_path / "same",
+        base=models / "m0",
+        weights=[0.5, 1.0],
+        params={"density": 0.4},
+        copy=["*norm*"],
+        post=[{"lines": {"alpha": 0.5}}],
+    )
+    assert raw(same.path) == raw(tmp_path / "out")
+    done = subprocess.run([*command, "--param", "densty=1"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "out exists" in done.stderr
+    heavy = "import sys; from fusion.cli import main; sys.argv[1:] = sys.argv[1:]; "
+    heavy += "import atexit; atexit.register(lambda: print('transformers' in sys.modules)); main()"
+    done = subprocess.run(
+        [sys.executable, "-c", heavy, *command[3:-1], "{lines: {alpha: 1}}", "--out", str(tmp_path / "light")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.stdout.strip().endswith("False"), "a merge needs no transformers"

@@ -1,0 +1,208 @@
+"""The merge step of a recipe: planned from headers, run on any number of ranks, keyed by all it depends on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fusion import recipe, run
+from fusion.plan import plan
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": 4, "vocab_size": 40, "tie_word_embeddings": True, "dtype": "float32"}
+CONFIG["layer_types"] = ["full", "slide", "full", "slide"]
+
+
+def make(folder: Path, seed: int, change=lambda tensors: None) -> Path:
+    """A checkpoint of four layers; every seed another one."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"model.embed_tokens.weight": torch.randn(40, 16, generator=generator)}
+    for layer in range(4):
+        tensors[f"model.layers.{layer}.mlp.weight"] = torch.randn(16, 16, generator=generator)
+        tensors[f"model.layers.{layer}.attn.weight"] = torch.randn(16, 16, generator=generator)
+    tensors["model.norm.weight"] = torch.randn(16, generator=generator)
+    change(tensors)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "chat_template.jinja").write_text(f"template of {folder.name}")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name, seed in (("base", 0), ("a", 1), ("b", 2)):
+        make(tmp_path / name, seed)
+    return tmp_path
+
+
+def loaded(folder: Path, *steps: str, models: str = "base, a, b") -> recipe.Recipe:
+    file = folder / "soup.yaml"
+    refs = "".join(f"  {name}: {{path: ./{name}}}\n" for name in models.split(", "))
+    file.write_text(f"models:\n{refs}steps:\n" + "".join(f"  - merge: {{{step}}}\n" for step in steps))
+    return recipe.load(file)
+
+
+def ran(folder: Path, *steps: str, models: str = "base, a, b") -> Path:
+    """Runs a recipe of merges; the directory of its result."""
+    loaded(folder, *steps, models=models)
+    done = subprocess.run(
+        [sys.executable, "-m", "fusion.run", str(folder / "soup.yaml"), "--out", str(folder / "runs")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "runs" / "soup" / "result"
+
+
+def refused(folder: Path, *steps: str, models: str = "base, a, b") -> str:
+    with pytest.raises(ValueError) as error:
+        plan(loaded(folder, *steps, models=models), folder / "runs")
+    return str(error.value)
+
+
+def test_merges_with_parameters_beside_models(folder):
+    result = ran(
+        folder,
+        "out: soup, method: task_arithmetic, base: base, models: {a: 0.5, b: {weight: 0.25}}, params: {scale: 2.0}",
+        "out: next, method: linear, models: [soup, a]",
+    )
+    base, a, b = (load_file(folder / name / "model.safetensors") for name in ("base", "a", "b"))
+    soup = load_file(folder / "runs" / "soup" / "soup" / "model.safetensors")
+    for name, tensor in soup.items():
+        expected = base[name] + 2 * (0.5 * (a[name] - base[name]) + 0.25 * (b[name] - base[name]))
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(load_file(result / "model.safetensors")[name], (tensor + a[name]) / 2)
+    metrics = json.loads((folder / "runs" / "soup" / "soup" / "metrics.json").read_text())
+    assert metrics["weights"] == [0.5, 0.25] and metrics["weight_sum"] == 0.75 and metrics["base"] == "base"
+    entry = next(one for one in metrics["tensors"] if one["name"] == "model.layers.3.mlp.weight")
+    assert (entry["layer"], entry["kind"], entry["action"]) == (3, "mlp.weight", "merged")
+    change = [one["model.layers.3.mlp.weight"] - base["model.layers.3.mlp.weight"] for one in (a, b)]
+    assert entry["norms"] == pytest.approx([float(one.norm()) for one in change], rel=1e-5)
+    cosine = float((change[0] * change[1]).sum() / change[0].norm() / change[1].norm())
+    assert entry["cosines"][0][1] == pytest.approx(cosine, abs=1e-5)
+    assert entry["moved"] == pytest.approx(float((2 * (0.5 * change[0] + 0.25 * change[1])).norm()), rel=1e-5)
+    assert entry["conflict"] == pytest.approx(float(((change[0] * change[1]) < 0).float().mean()))
+    assert (result / "chat_template.jinja").read_text() == "template of base"
+
+
+def test_takes_whole_layers(folder):
+    result = ran(folder, "out: tall, base: b, layers: [{model: a, take: [0, 3]}, {model: b, take: [1, 4]}]")
+    a, b, tall = (load_file(one / "model.safetensors") for one in (folder / "a", folder / "b", result))
+    assert len(tall) == 2 + 6 * 2
+    for place, (source, index) in enumerate([(a, 0), (a, 1), (a, 2), (b, 1), (b, 2), (b, 3)]):
+        for part in ("mlp", "attn"):
+            assert torch.equal(tall[f"model.layers.{place}.{part}.weight"], source[f"model.layers.{index}.{part}.weight"])
+    assert torch.equal(tall["model.norm.weight"], b["model.norm.weight"])
+    config = json.loads((result / "config.json").read_text())
+    assert config["num_hidden_layers"] == 6
+    assert config["layer_types"] == ["full", "slide", "full", "slide", "full", "slide"]
+
+
+def test_only_copy_and_dtype(folder):
+    result = ran(
+        folder,
+        'out: soup, method: linear, base: base, models: [a, b], only: ["*.mlp.*"], copy: ["*.0.mlp.*"], dtype: bfloat16, '
+        "tokenizer: b",
+    )
+    base, a, b, soup = (load_file(one / "model.safetensors") for one in (*(folder / n for n in ("base", "a", "b")), result))
+    for name, tensor in soup.items():
+        merging = ".mlp." in name and ".0." not in name
+        assert torch.equal(tensor, ((a[name] + b[name]) / 2 if merging else base[name]).bfloat16()), name
+    assert json.loads((result / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (result / "chat_template.jinja").read_text() == "template of b"
+
+
+def test_names_map_a_text_model_into_a_larger_one(folder):
+    def sighted(tensors):
+        for name in list(tensors):
+            tensors[f"language_model.{name}"] = tensors.pop(name)
+        tensors["vision.patch.weight"] = torch.ones(4, 4)
+
+    make(folder / "eye", 5, sighted)
+    step = 'out: soup, method: linear, base: eye, models: {eye: 0.75, a: {weight: 0.25, names: {"*": "language_model.*"}}}'
+    assert "lacks 1 of the 11 tensors to merge: vision.patch.weight" in refused(folder, step, models="eye, a")
+    result = ran(folder, step + ', only: ["language_model.*"]', models="eye, a")
+    eye, a, soup = (load_file(one / "model.safetensors") for one in (folder / "eye", folder / "a", result))
+    assert torch.equal(soup["vision.patch.weight"], eye["vision.patch.weight"])
+    name = "model.layers.1.mlp.weight"
+    expected = 0.75 * eye[f"language_model.{name}"] + 0.25 * a[name]
+    torch.testing.assert_close(soup[f"language_model.{name}"], expected)
+
+
+def test_two_ranks_run_the_step(folder):
+    alone = ran(folder, "out: soup, method: ties, base: base, models: [a, b]")
+    code = "import sys; from fusion.run import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "WORLD_SIZE": "2", "MASTER_ADDR": "here"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder / "soup.yaml"), "--out", str(folder / "two")],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": "29511"},
+        )
+        for rank in range(2)
+    ]
+    assert [one.wait(120) for one in ranks] == [0, 0]
+    both = folder / "two" / "soup" / "result" / "model.safetensors"
+    assert both.read_bytes() == (alone / "model.safetensors").read_bytes()
+
+
+def test_key_covers_statistics_and_plugins(folder, monkeypatch):
+    lab = folder / "my_lab"
+    lab.mkdir()
+    (lab / "half.py").write_text('"""Half."""\n\n\ndef half(tensors):\n    return tensors[0] / 2\n')
+    monkeypatch.syspath_prepend(str(folder))
+
+    def key(step):
+        return plan(loaded(folder, step), folder / "runs").steps[0].key
+
+    plugin = "out: soup, method: my_lab.half, models: [a]"
+    first = key(plugin)
+    (lab / "half.py").write_text('"""Half."""\n\n\ndef half(tensors):\n    return tensors[0] / 4\n')
+    assert key(plugin) != first
+    shapes = load_file(folder / "a" / "model.safetensors")
+    for name in ("a", "b"):
+        save_file({f"fisher/{n}": torch.ones(t.shape) for n, t in shapes.items()}, folder / f"{name}.safetensors")
+    step = "out: soup, method: fisher, models: {a: {statistics: a.safetensors}, b: {statistics: b.safetensors}}"
+    first = key(step)
+    save_file({f"fisher/{n}": torch.ones(t.shape) * 2 for n, t in shapes.items()}, folder / "a.safetensors")
+    assert key(step) != first
+    soup = load_file(ran(folder, step) / "model.safetensors")
+    assert torch.isfinite(soup["model.norm.weight"]).all()
+
+
+PLAIN = "out: soup, method: ties, base: base, models: "
+
+
+@pytest.mark.parametrize(
+    "step, sentence",
+    [
+        ("out: s, method: tis, models: [a]", "steps[0].merge.method: unknown merge method 'tis'; did you mean 'ties'?"),
+        (PLAIN + "[a, b], params: {densty: 0.1}", "merge.params: ties has no parameter 'densty'; did you mean 'density'?"),
+        (PLAIN + "{a: {wieght: 1}}", "merge.models.a: there is no 'wieght' here; did you mean 'weight'?"),
+        (PLAIN + "{a: {weight: x}}", "merge.models.a.weight: a number is needed here"),
+        (PLAIN + "{a: {scale: 2.0}}", "ties's 'scale' is one for all models; give it in params"),
+        (PLAIN + "[a, b], params: {density: [0.1]}", "density: 1 values for 2 models"),
+        (PLAIN + "[a, b], params: {density: {layers: []}}", "layers is empty"),
+        (PLAIN + "[a, c]", "there is no model 'c'"),
+        ("out: s, method: ties, models: [a, b]", "give it: base"),
+        ("out: s, method: slerp, models: [a, b]", "needs 't'"),
+        ("out: s, models: [a, b]", "either a method, which merges, or layers"),
+        ("out: s, method: linear", "merge needs 'models'"),
+        (PLAIN + '[a], only: ["*.mpl.*"]', "only: no tensor is called like '*.mpl.*'"),
+        (PLAIN + "[a], dtype: float23", "dtype 'float23' is unknown"),
+        (PLAIN + "[a], memory: lots", "memory is 'lots'; a size like 512MiB"),
+        (PLAIN + "[a], tokenizer: nobody", "tokenizer: no model is called 'nobody'"),
+        (PLAIN + "[a], post: [{lines: {}}]", "lines needs 'alpha'"),
+        (PLAIN + "[a], rank: 4", "rank: it is of an adapter"),
+        ("out: s, layers: [{model: a, take: [2, 6]}]", "take: 2 to 6 of 'a', which has 4 layers (0 to 3)"),
+        ("out: s, layers: [{model: a, take: 3}]", "two whole numbers [first, end]"),
+        ("out: s, layers: [{model: a, take: [0, 2]}], params: {x: 1}", "'params' has nothing to say to that"),
+    ],
+)
+def test_plan_refuses_in_sentences(step, sentence, folder):
+    assert sentence in refused(folder, step)
