@@ -27,7 +27,10 @@ SAY = {
 
 
 def draw(space: Space, copies: int, generator: torch.Generator) -> Map | None:
-    """A random element of a space's group, condition number at most e^2 where it has one; None where all is fixed."""
+    """A random element of a space's group, condition numbers at most e; None where all is fixed.
+
+    Of pair scales, which act on gains alone, it draws positive ones near 1, as gains are that were trained from 1 on.
+    """
     lead = (copies,) if space.within is not None else ()
     n = space.size
 
@@ -46,14 +49,14 @@ def draw(space: Space, copies: int, generator: torch.Generator) -> Map | None:
             return Index(index)
         if group == "signed permutation":
             return Index(index, signs(n))
-        scale = torch.exp(2 * uniform(n) - 1)
+        scale = torch.exp(uniform(n) - 0.5)
         return Index(index, scale * signs(n) if group == "scaled permutation" else scale)
     if kind is Turn:
         if group == "pair signs":
             return Turn(signs(n // 2).to(torch.complex128))
-        scale = torch.exp(2 * uniform(n // 2) - 1)
+        scale = torch.exp(uniform(n // 2) - 0.5)
         if group == "pair scales":
-            return Turn((scale * signs(n // 2)).to(torch.complex128))
+            return Turn(scale.sqrt().to(torch.complex128))
         return Turn(torch.polar(scale, 2 * math.pi * uniform(n // 2)))
 
     def rotation(size: int) -> Tensor:
@@ -68,7 +71,7 @@ def draw(space: Space, copies: int, generator: torch.Generator) -> Map | None:
         rest = complement(n)
         q = torch.full((n, n), 1 / n, dtype=torch.float64) + rest @ rotation(n - 1) @ rest.mT
         return Matrix(q, q.mT.contiguous())
-    left, right, stretch = rotation(n), rotation(n), torch.exp(2 * uniform(n) - 1)
+    left, right, stretch = rotation(n), rotation(n), torch.exp(uniform(n) - 0.5)
     return Matrix((left * stretch[..., None, :]) @ right, right.mT @ (left / stretch[..., None, :]).mT)
 
 

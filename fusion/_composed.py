@@ -1,4 +1,5 @@
-"""Models that are put together when they are read: an adapter on its base, the shards of a training checkpoint.
+"""Models that are put together when they are read: an adapter or a compressed task vector on its base, shards of a
+training checkpoint.
 
 A merge reads them in place, region by region; whatever else wants a directory gets one, written once into the cache.
 """
@@ -23,13 +24,16 @@ if TYPE_CHECKING:
     from fusion.checkpoint import Source
     from fusion.recipe import ModelRef
 
+COMPOSED = ("adapter", "sharded", "compressed")
 CHUNK = 1 << 22  # elements held in memory while writing
 
 
 def kind_of(directory: Path) -> str:
-    """adapter, sharded, or directory: a checkpoint in one piece, or what is none."""
+    """One of COMPOSED, or directory: a checkpoint in one piece, or what is none."""
     if is_adapter(directory):
         return "adapter"
+    if (directory / "compression.json").is_file():
+        return "compressed"
     sharded = directory.is_dir() and not any(directory.glob("*.safetensors")) and _sharded.find(directory)
     return "sharded" if sharded else "directory"
 
@@ -45,6 +49,8 @@ def check(place: str, name: str, ref: ModelRef, folder: Path, models: Mapping[st
     if ref.base is None:
         if is_adapter(directory):
             raise ValueError(f"{place}: {directory} is a PEFT adapter; name the model it sits on: base: NAME")
+        if kind_of(directory) == "compressed":
+            raise ValueError(f"{place}: {directory} is a compressed task vector; name the model it is on: base: NAME")
     elif ref.base not in models:
         raise ValueError(f"{place}: base: no model is called '{ref.base}'{nearest(ref.base, models)}")
     else:
@@ -75,6 +81,10 @@ def open_composed(directory: Path, base: Source | None) -> Source:
         from fusion._adapters import open_adapter
 
         return open_adapter(directory, base)
+    if kind_of(directory) == "compressed":
+        from fusion._compressed import open_compressed
+
+        return open_compressed(directory, base)
     return _sharded.open_sharded(directory, base)
 
 
@@ -94,7 +104,7 @@ def source(
     from fusion import sources
     from fusion.checkpoint import Checkpoint
 
-    if sources.check(name, ref, folder, models) not in ("adapter", "sharded"):
+    if sources.check(name, ref, folder, models) not in COMPOSED:
         return Checkpoint.open(sources.resolve(name, ref, cache, folder, texts, seed, models))
     below = source(ref.base, models[ref.base], cache, folder, texts, seed, models) if ref.base else None
     place = ref.place or f"models.{name}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fusion._method import Method
-from fusion._stream import Recipe, row_length
+from fusion._regions import Recipe, row_length
 from fusion._tasks import Task
 from fusion.checkpoint import natural
 from fusion.merge._x import BLOCK

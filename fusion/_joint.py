@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fusion._stream import Stream, Work
+from fusion._regions import Work
+from fusion._stream import Stream
 from fusion.merge._x import Max, Min, Reading, Running, Sum, joined, values
 
 KINDS: dict[str, type[Sum] | type[Max] | type[Min]] = {"Sum": Sum, "Max": Max, "Min": Min}
@@ -35,7 +36,7 @@ class Joint:
 
     def settle(self, works: Sequence[Work]) -> None:
         """Every pass over these works; leaves in each what its map needs, and whether its models agree."""
-        recipe = self.stream._recipe()
+        recipe = self.stream.recipe
         method = recipe.method
         stats: dict[str, Mapping[str, Tensor]] = {}
         for index in range(len(method.passes)) if method.passes else (-1,):

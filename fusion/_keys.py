@@ -76,10 +76,16 @@ def of_model(recipe: Recipe, name: str, kind: str, digests: Digests) -> list[Any
         return ["scratch", name, ref.config, ref.tokenizer, text, recipe.seed]
     directory = model_directory(recipe, name)
     beside = [directory / file for file in BESIDE if (directory / file).exists()]
-    if kind in ("adapter", "sharded"):  # its base's parts follow
+    if kind in ("adapter", "sharded", "compressed"):  # its base's parts follow
         from fusion import _adapter_files, _sharded
 
-        own = _adapter_files.read_adapter(directory).files if kind == "adapter" else _sharded.files(directory)
+        own = (
+            _adapter_files.read_adapter(directory).files
+            if kind == "adapter"
+            else _sharded.files(directory)
+            if kind == "sharded"
+            else [directory / "compression.json", directory / "compression.safetensors"]
+        )
         return [kind, *([file.name, digests(file)] for file in [*beside, *own])]
     return ["directory", *([file.name, digests(file)] for file in [*beside, *tensor_files(directory)])]
 

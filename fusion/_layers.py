@@ -39,9 +39,7 @@ def stacked(inputs: Inputs, table: Sequence[Mapping[str, Any]]) -> tuple[list[Ta
     target_name, target = inputs.target
     prefix = _prefix(target)
     origins = [_origin(entry, inputs, f"layers[{n}]") for n, entry in enumerate(table)]
-    takes = [
-        Take(name, target_name, name) for name in target.entries if (split(name) or ("",))[0] != prefix
-    ]
+    takes = [Take(name, target_name, name) for name in target.entries if (split(name) or ("",))[0] != prefix]
     for place, (model, index) in enumerate([one for part in origins for one in part]):
         source = inputs.source(model)
         own = f"{_prefix(source)}{index}."
@@ -65,7 +63,9 @@ def _origin(entry: Mapping[str, Any], inputs: Inputs, place: str) -> list[tuple[
         raise ValueError(f"{place}.take: two whole numbers [first, end] are needed, end not included, not {take!r:.60}")
     depth = _depth(inputs.models[model])
     if take[1] > depth:
-        raise ValueError(f"{place}.take: {take[0]} to {take[1]} of '{model}', which has {depth} layers (0 to {depth - 1})")
+        raise ValueError(
+            f"{place}.take: {take[0]} to {take[1]} of '{model}', which has {depth} layers (0 to {depth - 1})"
+        )
     return [(model, index) for index in range(*take)]
 
 
@@ -128,5 +128,7 @@ def _configured(target: Source, inputs: Inputs, origins: Sequence[tuple[str, int
 def _listed(config: Mapping[str, Any], key: str) -> list[Any]:
     value = (config.get("text_config") or config).get(key)
     if not isinstance(value, list):
-        raise ValueError(f"the configuration of a model whose layers are taken has no list '{key}', as the first one has")
+        raise ValueError(
+            f"the configuration of a model whose layers are taken has no list '{key}', as the first one has"
+        )
     return value

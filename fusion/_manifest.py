@@ -23,7 +23,7 @@ class Manifest:
         own = directory / f"manifest-{rank}.jsonl"
         if own.exists():  # what a kill cut off is taken away, or the next line would be part of it
             os.truncate(own, own.read_bytes().rfind(b"\n") + 1)
-        self.file = open(own, "a", encoding="utf-8")  # noqa: SIM115
+        self.file = open(own, "a", encoding="utf-8")
 
     def reload(self) -> None:
         """Reads what all ranks have written so far; a line without its end is not written yet."""

@@ -23,8 +23,9 @@ from fusion._manifest import Manifest
 from fusion._merge_metrics import metrics
 from fusion._merge_plan import Planned, planned
 from fusion._params import layer_index
+from fusion._regions import Reader, Work
 from fusion._say import size
-from fusion._stream import Stream, Work
+from fusion._stream import Stream
 from fusion.checkpoint import Entry, Shard, Source, Writer, bytes_of, layout, shard
 
 PLAN = "merge-plan.json"
@@ -155,21 +156,18 @@ def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
     works = [_work(plan, share) for share in shares if share.rank == run.rank]
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors run side by side instead: how a sum is split over threads would change its bits
+    reader = Reader(plan.inputs, plan.recipe, plan.sidecars, run.threads, run.device)
     show = run.progress(len(works), "merging") if run.progress else nullcontext()
     try:
         with show as bar:
             stream = Stream(
-                plan.inputs,
-                plan.recipe,
-                plan.sidecars,
+                reader,
                 writer,
                 by_products,
                 manifest,
                 chunk=chunk,
                 slots=slots,
-                threads=run.threads,
                 memory=run.memory,
-                device=run.device,
                 told=(lambda task: bar.advance()) if bar is not None else (lambda task: None),
             )
             together = [work for work in works if _is_joint(plan, work)]
@@ -189,7 +187,7 @@ def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
         found = _finish(plan, directory, shards, shares, writer, manifest)
         found |= {
             "seconds": round(time.monotonic() - start, 3),
-            "bytes_read": stream.bytes_read,
+            "bytes_read": reader.bytes,
             "bytes_written": sum(one.size for one in (*shards, *extras)),
             "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }

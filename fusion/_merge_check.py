@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion import _keys
+from fusion._composed import COMPOSED
 from fusion._merge_step import asked
 from fusion.checkpoint import Checkpoint, Source, bytes_of
 from fusion.recipe import Recipe
@@ -40,7 +41,10 @@ def adapters_alone(fields: Mapping[str, Any], recipe: Recipe) -> bool:
     if fields.get("base") is not None or not refs:
         return False
     return all(
-        ref is not None and ref.base is not None and ref.hub is None and is_adapter(_keys.model_directory(recipe, ref.name))
+        ref is not None
+        and ref.base is not None
+        and ref.hub is None
+        and is_adapter(_keys.model_directory(recipe, ref.name))
         for ref in refs
     )
 
@@ -103,7 +107,7 @@ def _here(view: View, name: str) -> Source | None:
 
     at: str | None = name
     while at is not None:
-        if view.kinds.get(at) not in ("directory", "adapter", "sharded") or view.recipe.models[at].hub is not None:
+        if view.kinds.get(at) not in ("directory", *COMPOSED) or view.recipe.models[at].hub is not None:
             return None
         at = view.recipe.models[at].base
     return source_model(view.recipe, name, _keys.cache_directory())

@@ -13,6 +13,7 @@ from fusion._merge_plan import Planned
 from fusion._names import kind
 from fusion._observe import reading
 from fusion._params import layer_index
+from fusion._regions import key
 from fusion._tasks import Task
 from fusion.merge._x import Sum, joined
 
@@ -24,8 +25,8 @@ def metrics(plan: Planned, shares: Sequence[Share], manifest: Manifest) -> dict[
     """One entry a tensor, and what holds for all of them."""
     parts: dict[str, list[dict[str, Any]]] = {}
     for share in shares:
-        key = share.task.name if share.whole else f"{share.task.name} [{share.start}:{share.stop}]"
-        parts.setdefault(share.task.name, []).append(manifest.lines[key])
+        line = manifest.lines[key(share.task, share.start, share.stop)]
+        parts.setdefault(share.task.name, []).append(line)
     found = {task.name: _added(parts[task.name]) for task in plan.tasks}
     entries = [_entry(plan, task, parts[task.name][0]["action"], found[task.name]) for task in plan.tasks]
     weights = plan.recipe.weights.tolist() if plan.recipe else None

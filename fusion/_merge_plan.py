@@ -14,8 +14,8 @@ from fusion import __version__, words
 from fusion._files import file_digest
 from fusion._method import Method
 from fusion._params import layer_count
+from fusion._regions import Recipe
 from fusion._say import nearest
-from fusion._stream import Recipe
 from fusion._tasks import Inputs, Task, tasks
 from fusion.checkpoint import Checkpoint, Source, open_source
 from fusion.engine import _post, _weights
@@ -53,7 +53,9 @@ class Planned:
                     "fusion": __version__,
                     **self.given,
                     "inputs": {name: {"path": str(one.path), "files": _files(one)} for name, one in models.items()},
-                    "statistics": {name: {"path": str(one.path), "files": _files(one)} for name, one in sidecars.items()},
+                    "statistics": {
+                        name: {"path": str(one.path), "files": _files(one)} for name, one in sidecars.items()
+                    },
                 }
             )
         )

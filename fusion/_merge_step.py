@@ -53,7 +53,9 @@ def asked(fields: Mapping[str, Any], place: str, folder: Path) -> Asked:
                 weights[model] = _number(value, f"{at}.weight")
             elif key == "names":
                 if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
-                    raise ValueError(f"{at}.names: {{its pattern: the target's pattern}} is needed here, not {value!r:.60}")
+                    raise ValueError(
+                        f"{at}.names: {{its pattern: the target's pattern}} is needed here, not {value!r:.60}"
+                    )
                 names[model] = value
             elif key in allowed and "Sequence" in allowed[key].annotation:
                 own.setdefault(key, {})[model] = value
@@ -93,7 +95,9 @@ def _entries(fields: Mapping[str, Any], place: str) -> dict[str, dict[str, Any]]
     if isinstance(models, list):
         for model in models:
             if models.count(model) > 1:
-                raise ValueError(f"{place}.models: '{model}' is given {models.count(model)} times; give it a weight instead")
+                raise ValueError(
+                    f"{place}.models: '{model}' is given {models.count(model)} times; give it a weight instead"
+                )
         return {model: {} for model in models}
     return {
         model: entry if isinstance(entry, dict) else {} if entry is None else {"weight": entry}

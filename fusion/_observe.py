@@ -31,8 +31,8 @@ def observed(tensors: Tensor, base: Tensor | None, out: Tensor, start: int) -> d
     found[:-1] -= found[-1].clone()
     d = found[:-2]
     conflict = torch.count_nonzero((d.amin(0) < 0) & (d.amax(0) > 0))
-    gram = (found @ found.T).double()  # to seven digits, which pictures do not show
-    return {"gram": Sum(gram), "sampled": Sum(torch.tensor(found.shape[1])), "conflict": Sum(conflict)}
+    gram = (found @ found.T).double().cpu()  # to seven digits, which pictures do not show
+    return {"gram": Sum(gram), "sampled": Sum(torch.tensor(found.shape[1])), "conflict": Sum(conflict.cpu())}
 
 
 def reading(found: Mapping[str, Sequence[Any]], numel: int, has_base: bool) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from torch import Tensor
 class Slot:
     """Buffers of one thread, reused from unit to unit; they grow to the largest unit."""
 
-    def __init__(self) -> None:
+    def __init__(self, pinned: bool = False) -> None:
+        self.pinned = pinned  # for an accelerator, which copies from such memory while it computes
         self.clear()
 
     def clear(self) -> None:
@@ -39,7 +40,7 @@ class Slot:
     def wide(self, rows: int, count: int) -> Tensor:
         """(rows, count) float32."""
         if len(self._wide) < rows * count:
-            self._wide = torch.empty(rows * count)
+            self._wide = torch.empty(rows * count, pin_memory=self.pinned)
         return self._wide[: rows * count].view(rows, count)
 
     def packed(self, count: int, dtype: torch.dtype) -> Tensor:
@@ -47,7 +48,6 @@ class Slot:
         if len(self._packed) < count * dtype.itemsize:
             self._packed = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
         return self._packed[: count * dtype.itemsize].view(dtype)
-
 
 
 class Room:
@@ -84,8 +84,8 @@ class _Active:
 class Pool:
     """Runs jobs in their order, at most `width` of them at a time, on `slots` threads."""
 
-    def __init__(self, slots: int, width: int) -> None:
-        self.slots = [Slot() for _ in range(slots)]
+    def __init__(self, slots: int, width: int, pinned: bool = False) -> None:
+        self.slots = [Slot(pinned) for _ in range(slots)]
         self.width = width
         self.changed = threading.Condition()
         self.active: list[_Active] = []

@@ -185,7 +185,9 @@ def layout(entries: Iterable[Entry], shard_size: int) -> tuple[Shard, ...]:
         groups[-1].append(entry)
         filled += size
     count = len(groups)
-    names = ["model.safetensors"] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    names = (
+        ["model.safetensors"] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    )
     return tuple(shard(file, group) for file, group in zip(names, groups, strict=True))
 
 

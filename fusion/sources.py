@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion._architectures import known
-from fusion._composed import kind_of as _composed_kind
+from fusion._composed import COMPOSED, kind_of
 from fusion._files import HEX, Header, config_of, file_digest, header, stamp, tensor_files
 
 if TYPE_CHECKING:
@@ -32,14 +32,13 @@ _tokenizer_digests: dict[tuple, str] = {}
 
 
 def check(name: str, ref: ModelRef, base: Path, models: Mapping[str, ModelRef] | None = None) -> str:
-    """The kind of a reference ("hub", "directory", "gguf", "scratch", "adapter", "sharded"), checked as far as headers
-    and names allow; `models` are those that its `base` may name.
+    """hub, directory, gguf, scratch or of COMPOSED, checked from headers and names; `models`: what `base` may name.
 
     Nothing is downloaded, converted or trained. Raises ValueError with a sentence for what can't become a model.
     """
     place = ref.place or f"models.{name}"
     kind = _kind(place, ref, base)
-    if kind in ("adapter", "sharded"):
+    if kind in COMPOSED:
         from fusion import _composed
 
         _composed.check(place, name, ref, base, models or {})
@@ -75,7 +74,7 @@ def resolve(
     place = ref.place or f"models.{name}"
     if kind == "directory":
         return local(ref, base)
-    if kind in ("adapter", "sharded"):
+    if kind in COMPOSED:
         from fusion import _composed
 
         opened = _composed.source(name, ref, cache, base, texts, seed, models or {})
@@ -108,9 +107,9 @@ def _kind(place: str, ref: ModelRef, base: Path) -> str:
         if ref.revision and not HEX.fullmatch(ref.revision):
             raise ValueError(f"{place}: revision {ref.revision!r} can move; give the commit, 40 hexadecimal digits")
         return "adapter" if ref.base else "hub"
-    kind = "scratch" if ref.config else "gguf" if is_gguf else _composed_kind(local(ref, base))
-    if ref.base and kind not in ("adapter", "sharded") and (kind != "directory" or local(ref, base).exists()):
-        raise ValueError(f"{place}: base goes with a PEFT adapter or a training checkpoint, and this is neither")
+    kind = "scratch" if ref.config else "gguf" if is_gguf else kind_of(local(ref, base))
+    if ref.base and kind not in COMPOSED and (kind != "directory" or local(ref, base).exists()):
+        raise ValueError(f"{place}: base goes with an adapter, a compressed task vector or a training checkpoint only")
     return kind
 
 

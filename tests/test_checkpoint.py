@@ -16,7 +16,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reads_any_region(dtype, tmp_path):
     tensor = torch.arange(60).remainder(7).to(dtype).reshape(5, 12)
-    save_file({"b.w": tensor, "a.s": tensor[0, 3].clone(), "c.none": tensor[:0].clone()}, tmp_path / "model.safetensors")
+    save_file(
+        {"b.w": tensor, "a.s": tensor[0, 3].clone(), "c.none": tensor[:0].clone()}, tmp_path / "model.safetensors"
+    )
     opened = Checkpoint.open(tmp_path)
     assert opened.entries["b.w"] == Entry("b.w", (5, 12), dtype, dtype) and opened.config == {}
     for start, stop in ((0, 60), (7, 8), (13, 44)):
@@ -29,7 +31,9 @@ def test_reads_any_region(dtype, tmp_path):
 
 
 def test_entries_stand_in_the_order_of_the_file(tmp_path):
-    save_file({"z": torch.zeros(3, dtype=torch.float64), "a": torch.zeros(2, dtype=torch.uint8)}, tmp_path / "m.safetensors")
+    save_file(
+        {"z": torch.zeros(3, dtype=torch.float64), "a": torch.zeros(2, dtype=torch.uint8)}, tmp_path / "m.safetensors"
+    )
     assert list(Checkpoint.open(tmp_path).entries) == ["z", "a"]  # the library puts wide dtypes first
 
 

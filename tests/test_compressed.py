@@ -198,3 +198,36 @@ def test_compeft_reports_what_it_kept():
     assert made.extras["kept"].value.tolist() == [100, 300]
     with pytest.raises(ValueError, match="density"):
         merge_tensors("compeft", [noise(1, 9)], base=torch.zeros(9), density=1.5)
+
+
+def test_a_recipe_compresses_and_another_reads(tmp_path):
+    import yaml
+
+    from fusion import recipe
+    from fusion.plan import plan
+    from fusion.run import main
+
+    base, model = pair(tmp_path)
+    one = {
+        "models": {"base": {"path": "./base"}, "tuned": {"path": "./model"}},
+        "steps": [{"compress": {"out": "small", "model": "tuned", "base": "base"}}],
+        "result": "small",
+    }
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(one))
+    assert main([str(tmp_path / "one.yaml"), "--out", str(tmp_path / "runs")]) == 0
+    made = tmp_path / "runs" / "one" / "small"
+    assert json.loads((made / "metrics.json").read_text())["bits_per_entry"] < 1.5
+    two = {
+        "models": {"base": {"path": "./base"}, "again": {"path": "runs/one/small/task_vector", "base": "base"}},
+        "steps": [{"merge": {"out": "sum", "method": "linear", "models": ["again", "base"]}}],
+        "result": "sum",
+    }
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
+    assert main([str(tmp_path / "two.yaml"), "--out", str(tmp_path / "runs")]) == 0
+    got = load_file(tmp_path / "runs" / "two" / "sum" / "model.safetensors")
+    again = open_compressed(made / "task_vector", base)
+    torch.testing.assert_close(got["w"], (whole(again, "w") + whole(base, "w")) / 2)
+    del two["models"]["again"]["base"]
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
+    with pytest.raises(ValueError, match="compressed task vector; name the model it is on"):
+        plan(recipe.load(tmp_path / "two.yaml"), tmp_path / "runs")

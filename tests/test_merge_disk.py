@@ -53,7 +53,9 @@ def write(file: Path, tensors, order) -> None:
     kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.float16: "F16"}
     table, data = {}, b""
     for name in order:
-        raw = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b""
+        raw = (
+            tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b""
+        )
         table[name] = {
             "dtype": kinds[tensors[name].dtype],
             "shape": list(tensors[name].shape),
@@ -268,7 +270,9 @@ def test_equal_tensors_are_copied(models, tmp_path):
     assert actions["model.layers.2.frozen.weight"] == "equal" and actions["model.rotary.position_ids"] == "copied"
     assert actions["model.embed_tokens.weight"] == "merged"
     sums = merge_checkpoints("linear", chosen, tmp_path / "sum", weights=[1, 1, 1], params={"normalize": False})
-    assert {entry["name"]: entry["action"] for entry in sums.metrics["tensors"]}["model.layers.2.frozen.weight"] == "merged"
+    assert {entry["name"]: entry["action"] for entry in sums.metrics["tensors"]}[
+        "model.layers.2.frozen.weight"
+    ] == "merged"
 
 
 def test_shards_index_and_provenance(models, tmp_path):
@@ -335,7 +339,9 @@ def test_bad_inputs_get_a_sentence(what, models, tmp_path):
 def test_results_that_are_not_finite_are_refused(models, tmp_path):
     chosen, _ = arguments("linear", models)
     with pytest.raises(ValueError, match="the merged .* has numbers that float16 can't hold .above 6.55e.04."):
-        merge_checkpoints("linear", chosen, tmp_path / "out", dtype="float16", weights=[1e6, 0, 0], params={"normalize": False})
+        merge_checkpoints(
+            "linear", chosen, tmp_path / "out", dtype="float16", weights=[1e6, 0, 0], params={"normalize": False}
+        )
 
 
 def test_heads_tied_here_and_not_there(models, tmp_path):

@@ -10,10 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fusion import recipe, run
+from fusion import recipe
 from fusion.plan import plan
 
-CONFIG = {"model_type": "llama", "num_hidden_layers": 4, "vocab_size": 40, "tie_word_embeddings": True, "dtype": "float32"}
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "vocab_size": 40,
+    "tie_word_embeddings": True,
+    "dtype": "float32",
+}
 CONFIG["layer_types"] = ["full", "slide", "full", "slide"]
 
 
@@ -97,7 +103,9 @@ def test_takes_whole_layers(folder):
     assert len(tall) == 2 + 6 * 2
     for place, (source, index) in enumerate([(a, 0), (a, 1), (a, 2), (b, 1), (b, 2), (b, 3)]):
         for part in ("mlp", "attn"):
-            assert torch.equal(tall[f"model.layers.{place}.{part}.weight"], source[f"model.layers.{index}.{part}.weight"])
+            assert torch.equal(
+                tall[f"model.layers.{place}.{part}.weight"], source[f"model.layers.{index}.{part}.weight"]
+            )
     assert torch.equal(tall["model.norm.weight"], b["model.norm.weight"])
     config = json.loads((result / "config.json").read_text())
     assert config["num_hidden_layers"] == 6
@@ -110,7 +118,9 @@ def test_only_copy_and_dtype(folder):
         'out: soup, method: linear, base: base, models: [a, b], only: ["*.mlp.*"], copy: ["*.0.mlp.*"], dtype: bfloat16, '
         "tokenizer: b",
     )
-    base, a, b, soup = (load_file(one / "model.safetensors") for one in (*(folder / n for n in ("base", "a", "b")), result))
+    base, a, b, soup = (
+        load_file(one / "model.safetensors") for one in (*(folder / n for n in ("base", "a", "b")), result)
+    )
     for name, tensor in soup.items():
         merging = ".mlp." in name and ".0." not in name
         assert torch.equal(tensor, ((a[name] + b[name]) / 2 if merging else base[name]).bfloat16()), name
@@ -125,7 +135,9 @@ def test_names_map_a_text_model_into_a_larger_one(folder):
         tensors["vision.patch.weight"] = torch.ones(4, 4)
 
     make(folder / "eye", 5, sighted)
-    step = 'out: soup, method: linear, base: eye, models: {eye: 0.75, a: {weight: 0.25, names: {"*": "language_model.*"}}}'
+    step = (
+        'out: soup, method: linear, base: eye, models: {eye: 0.75, a: {weight: 0.25, names: {"*": "language_model.*"}}}'
+    )
     assert "lacks 1 of the 11 tensors to merge: vision.patch.weight" in refused(folder, step, models="eye, a")
     result = ran(folder, step + ', only: ["language_model.*"]', models="eye, a")
     eye, a, soup = (load_file(one / "model.safetensors") for one in (folder / "eye", folder / "a", result))
@@ -182,7 +194,10 @@ PLAIN = "out: soup, method: ties, base: base, models: "
     "step, sentence",
     [
         ("out: s, method: tis, models: [a]", "steps[0].merge.method: unknown merge method 'tis'; did you mean 'ties'?"),
-        (PLAIN + "[a, b], params: {densty: 0.1}", "merge.params: ties has no parameter 'densty'; did you mean 'density'?"),
+        (
+            PLAIN + "[a, b], params: {densty: 0.1}",
+            "merge.params: ties has no parameter 'densty'; did you mean 'density'?",
+        ),
         (PLAIN + "{a: {wieght: 1}}", "merge.models.a: there is no 'wieght' here; did you mean 'weight'?"),
         (PLAIN + "{a: {weight: x}}", "merge.models.a.weight: a number is needed here"),
         (PLAIN + "{a: {scale: 2.0}}", "ties's 'scale' is one for all models; give it in params"),

@@ -62,14 +62,16 @@ def merge(
         **{"only": only, "copy": copy, "statistics": statistics, "dtype": dtype, "tokenizer": tokenizer, "rank": rank},
     }
     given = options(fields, job.place, job.recipe.base, job.seed)
-    found = _adapter(job, fields, given) if adapters_alone(fields, job.recipe) else _model(job, fields, given, shard_size, memory)
+    found = (
+        _adapter(job, fields, given)
+        if adapters_alone(fields, job.recipe)
+        else _model(job, fields, given, shard_size, memory)
+    )
     if job.rank == 0:
         (job.directory / "metrics.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
-def _model(
-    job: Job, fields: dict[str, Any], given: dict[str, Any], shard_size: str, memory: str
-) -> dict[str, Any]:
+def _model(job: Job, fields: dict[str, Any], given: dict[str, Any], shard_size: str, memory: str) -> dict[str, Any]:
     from fusion._deal import threads_here
     from fusion._merge import Run, merge_into
     from fusion._merge_plan import planned

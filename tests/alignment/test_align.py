@@ -11,7 +11,7 @@ from alignment import Maps, align, find_family, fold
 from alignment._balance import balance
 from alignment._heads import assign_heads
 from alignment.features.weights import weights
-from alignment.maps import Index
+from alignment.maps import Index, Turn
 from alignment.match.hungarian import hungarian
 from alignment.match.procrustes import procrustes
 from alignment.verify import double
@@ -122,6 +122,20 @@ def test_experts_a_tensor_each_are_met_by_a_stack():
     assert recovered(maps, symmetry) == 1.0
     back = maps.carry(apart)
     assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(back[name], tensor, rtol=1e-9, atol=1e-11)
+
+
+def test_gains_of_queries_and_keys_may_have_other_signs():
+    config, tensors, outputs = network("gemma3_text")
+    spaces = find_family(config)
+    scale = torch.tensor([-1.5, 0.5, -0.7, 2.0], dtype=torch.complex128)
+    flip = Maps(spaces, spaces, {"layers.1.qk_norm": Turn(scale)})
+    flip.check(spaces)
+    donor = flip.carry(tensors)
+    back = align(tensors, donor, spaces, spaces).carry(donor)
+    with double():
+        torch.testing.assert_close(outputs(donor), outputs(tensors), rtol=1e-10, atol=1e-12)
     for name, tensor in tensors.items():
         torch.testing.assert_close(back[name], tensor, rtol=1e-9, atol=1e-11)
 

@@ -115,7 +115,7 @@ def test_drawn_elements_are_of_their_group_and_no_others(group, within):
     for name, value in vars(map).items():
         assert value is None or value.equal(vars(again)[name])
     if isinstance(map, Matrix):
-        assert float(torch.linalg.cond(map.write).max()) < math.exp(2) + 1e-6
+        assert float(torch.linalg.cond(map.write).max()) < math.e + 1e-6
         assert "undo" in str(why_not(space, 3, Matrix(map.write, 2 * map.read)))
     elif isinstance(map, Index):
         assert "no permutation" in str(why_not(space, 3, Index(torch.zeros_like(map.index))))

@@ -1,0 +1,39 @@
+"""A task vector in one or two bits an entry, to be kept and sent instead of the model.
+
+BitDelta's signs (Liu et al. 2024, arXiv:2402.10193) or ComPEFT's sparse ones (Yadav et al. 2023, arXiv:2311.13171).
+"""
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from fusion.job import Job
+
+OUTPUT = "a compressed task vector"
+FOLDER = "task_vector"
+
+
+def compress(
+    job: "Job",
+    *,
+    out: str,
+    model: str,
+    base: str,
+    method: Literal["one_bit", "compeft"] = "one_bit",
+    params: dict[str, Any] | None = None,
+) -> None:
+    """A directory task_vector/ that is `model` again as `{path: .../task_vector, base: NAME}`, as far as its bits go."""
+    if job.rank != 0:
+        return
+    from fusion._compressed import compress as write
+
+    shutil.rmtree(job.directory / FOLDER, ignore_errors=True)
+    source, below = job.source(model), job.source(base)
+    made = write(method, source, below, job.directory / FOLDER, **(params or {}))
+    written = sum(file.stat().st_size for file in (job.directory / FOLDER).glob("compression.*"))
+    stored = sum(entry.numel * entry.stored.itemsize for entry in source.entries.values())
+    entries = sum(entry.numel for entry in made.entries.values())
+    metrics = {"bytes": written, "bits_per_entry": 8 * written / entries, "times_smaller": stored / written}
+    (job.directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    job.log(**metrics)
