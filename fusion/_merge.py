@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import resource
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,13 +20,10 @@ from fusion._manifest import Manifest
 from fusion._merge_metrics import metrics
 from fusion._merge_plan import Planned, planned
 from fusion._params import layer_index
+from fusion._partial import PLAN, Wait, alone, begun, left_over, meet, patient, prepare
 from fusion._regions import Reader, Work
-from fusion._say import size
 from fusion._stream import Stream
 from fusion.checkpoint import Entry, Shard, Source, Writer, bytes_of, layout, shard
-
-PLAN = "merge-plan.json"
-Wait = Callable[[Callable[[], bool], str], None]
 
 
 class Bar(Protocol):
@@ -116,7 +110,7 @@ def merge_checkpoints(
     )
     run = Run(bytes_of(memory, "memory"), threads_here(threads), chunk, device, rank, world, wait, progress)
     partial = out.with_name(f"{out.name}.partial")
-    with _alone(partial) if rank == 0 else nullcontext():
+    with alone(partial) if rank == 0 else nullcontext():
         found = merge_into(plan, partial, run)
         if rank == 0:
             (partial / ".lock").unlink()
@@ -125,28 +119,16 @@ def merge_checkpoints(
     return Merged(out, found)
 
 
-@contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """One process at a time writes there; the kernel lets go when it dies."""
-    partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"another process is writing {partial}; wait for it or stop it") from None
-        yield
-
-
 def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
     """Writes the checkpoint into a directory that a killed run may have begun; its metrics (rank 0's; others: none)."""
     start = time.monotonic()
     shards = layout((task.entry for task in plan.tasks), plan.shard_size)
     extras = _extra_shards(plan)
-    wait = run.wait or _patient
+    wait = run.wait or patient
     if run.rank == 0:
-        _prepare(plan, directory, shards, extras, run)
+        prepare(plan, directory, shards, extras, run.say)
     else:
-        wait(lambda: _begun(directory, plan), "rank 0 to prepare the files")
+        wait(lambda: begun(directory, plan), "rank 0 to prepare the files")
     writer = Writer(directory, shards)
     by_products = Writer(directory / "extras", extras) if extras else None
     manifest = Manifest(directory, run.rank)
@@ -180,7 +162,7 @@ def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
     writer.sync()
     if by_products is not None:
         by_products.sync()
-    _meet(directory, run, wait)
+    meet(directory, run.rank, run.world, wait)
     found: dict[str, Any] = {}
     if run.rank == 0:
         manifest.reload()
@@ -232,71 +214,6 @@ def _extra_shards(plan: Planned) -> tuple[Shard, ...]:
     )
 
 
-def _prepare(plan: Planned, directory: Path, shards: Sequence[Shard], extras: Sequence[Shard], run: Run) -> None:
-    """Files of their final size, unless an earlier run of the same merge made them."""
-    directory.mkdir(parents=True, exist_ok=True)
-    marker = directory / PLAN
-    if _begun(directory, plan):
-        _say_session(directory, plan)
-        return
-    if marker.exists():
-        run.say(f"{directory} was begun with other inputs or parameters; it is begun anew")
-        marker.unlink()
-    for old in [*directory.glob("manifest-*.jsonl"), *directory.glob("stats-*"), *directory.glob("*.safetensors")]:
-        old.unlink()
-    shutil.rmtree(directory / "extras", ignore_errors=True)
-    need, free = sum(one.size for one in (*shards, *extras)), shutil.disk_usage(directory).free
-    if need > free:
-        raise ValueError(f"the result takes {size(need)}, and {directory.parent} has {size(free)} free; make room")
-    Writer.create(directory, shards)
-    if extras:
-        (directory / "extras").mkdir()
-        Writer.create(directory / "extras", extras)
-    _say_session(directory, plan)
-
-
-def _say_session(directory: Path, plan: Planned) -> None:
-    temporary = directory / f"{PLAN}.new"
-    session = f"{os.getpid()}-{time.time_ns()}"
-    temporary.write_text(json.dumps({"session": session, "plan": plan.identity}), encoding="utf-8")
-    temporary.rename(directory / PLAN)
-
-
-def _session(directory: Path) -> dict[str, Any]:
-    file = directory / PLAN
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def _begun(directory: Path, plan: Planned) -> bool:
-    return _session(directory).get("plan") == plan.identity
-
-
-def _patient(ready: Callable[[], bool], what: str) -> None:
-    while not ready():
-        time.sleep(0.02)
-
-
-def _meet(directory: Path, run: Run, wait: Wait) -> None:
-    """Rank 0 goes on when the others have written theirs in this session, they when rank 0 has seen that."""
-    if run.world == 1:
-        return
-    if run.rank > 0:
-        told: set[str] = set()  # rank 0 waits for the first word of a session, so that the directory is there still
-
-        def seen() -> bool:
-            session = _session(directory).get("session")
-            if session is not None and session not in told:
-                (directory / f"finished-{session}-{run.rank}").touch()
-                told.add(session)
-            return session is None
-
-        wait(seen, "rank 0 to finish the merge")
-        return
-    session = _session(directory)["session"]
-    others = [directory / f"finished-{session}-{rank}" for rank in range(1, run.world)]
-    wait(lambda: all(one.exists() for one in others), "the other ranks' tensors")
-
-
 def _finish(
     plan: Planned,
     directory: Path,
@@ -314,7 +231,7 @@ def _finish(
     _carry.write(directory / "merge.json", {**plan.provenance, "tensors": checksums})
     found = metrics(plan, shares, manifest)
     (directory / PLAN).unlink()  # the other ranks take it for the end
-    for old in [*directory.glob("manifest-*.jsonl"), *directory.glob("stats-*"), *directory.glob("finished-*")]:
+    for old in left_over(directory):
         old.unlink()
     for file in directory.iterdir():
         if file.is_file() and file.suffix != ".safetensors":

@@ -50,7 +50,7 @@ def adapters_alone(fields: Mapping[str, Any], recipe: Recipe) -> bool:
 
 
 def check(view: View) -> None:
-    """Raises ValueError, with the place, for parameters that the method can't take and models that don't go together."""
+    """Raises ValueError, with the place, for parameters that the method can't take and models that do not match."""
     from fusion._merge_plan import planned
     from fusion._method import Method
 

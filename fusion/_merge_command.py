@@ -79,7 +79,7 @@ def run(
 
 
 def parse_models(models: Sequence[str]) -> tuple[dict[str, str], list[float] | None]:
-    """{name: directory} and the weights, None when none was given, of DIR or DIR:WEIGHT; a model without one weighs 1."""
+    """{name: directory} and the weights of DIR or DIR:WEIGHT: 1 where none is given, None when none is at all."""
     found: dict[str, str] = {}
     weights: list[float | None] = []
     for given in models:

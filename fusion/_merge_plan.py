@@ -114,9 +114,9 @@ def planned(
         )
     ground = None if base is None else _opened(base, None)
     opened = {name: _opened(one, ground) for name, one in models.items()}
-    for what, given in (("names", names), ("statistics", statistics)):
+    for what, table in (("names", names), ("statistics", statistics)):
         allowed = [*opened, *(["base"] if ground is not None and what == "statistics" else [])]
-        for name in given or {}:
+        for name in table or {}:
             if name not in allowed:
                 raise ValueError(f"{what}: no model is called '{name}'{nearest(name, allowed)}")
     inputs = Inputs(opened, ground, names or {})

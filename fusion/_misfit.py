@@ -70,7 +70,7 @@ def tied_heads(inputs: Inputs, named: Named) -> Set[str]:
             source, name = inputs.source(model), str(own[model])
             if not _equal(source, name, partners[model]):
                 raise ValueError(
-                    f"{called(model)} has a head of its own ({name}), and {called(lacks[0])} takes its embedding for it "
+                    f"{called(model)} has a head of its own ({name}), and {called(lacks[0])} uses its embedding "
                     f"(tie_word_embeddings): one of them has to be rewritten; untie the second (save lm_head.weight, "
                     f"tie_word_embeddings: false)"
                 )
@@ -117,8 +117,8 @@ def refuse_gaps(
         missing = [name for name in merging if name not in table]
         if missing:
             raise ValueError(
-                f"{called(model)} lacks {len(missing)} of the {len(merging)} tensors to merge: {some(missing)}; say with "
-                f"copy: (or only:) that they stay {target}'s, or with names: what it calls them"
+                f"{called(model)} lacks {len(missing)} of the {len(merging)} tensors to merge: {some(missing)}; say "
+                f"with copy: (or only:) that they stay {target}'s, or with names: what it calls them"
             )
         if inputs.names.get(model):
             continue
@@ -131,9 +131,9 @@ def refuse_gaps(
         ]
         if extra:
             raise ValueError(
-                f"{called(model)} has {len(extra)} tensors that {target} has no place for: {some(extra)}; only models of "
-                f"one architecture can be merged (with names: a model says what its tensors are called in {target}, with "
-                f"only: which ones count)"
+                f"{called(model)} has {len(extra)} tensors that {target} has no place for: {some(extra)}; only "
+                f"models of one architecture can be merged (with names: a model says what its tensors are called in "
+                f"{target}, with only: which ones count)"
             )
 
 
@@ -149,8 +149,8 @@ def refuse_shapes(inputs: Inputs, named: Named, merging: Sequence[str]) -> None:
             both = f"{shown(entry)} in {called(model)} and {shown(wanted)} in {called(first_name)}"
             if _tail(name) in (*EMBEDDINGS, *HEADS) and entry.shape[1:] == wanted.shape[1:]:
                 raise ValueError(
-                    f"{name} is {both}: their vocabularies have {entry.shape[0]} and {wanted.shape[0]} rows; bring them "
-                    f"to one by a retokenize step first"
+                    f"{name} is {both}: their vocabularies have {entry.shape[0]} and {wanted.shape[0]} rows; bring "
+                    f"them to one by a retokenize step first"
                 )
             raise ValueError(f"{name} is {both}; only models of one architecture and size can be merged")
 

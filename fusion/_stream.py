@@ -86,8 +86,8 @@ class Stream:
                 yield [lambda slot: self.reader.compare(work, slot)]
                 if not work.equal:
                     raise ValueError(
-                        f"{task.name} holds whole numbers ({str(task.dtype)[6:]}) that differ between the models, and an "
-                        f"average of them means nothing; say with copy: that it stays {called(inputs.target[0])}'s"
+                        f"{task.name} holds whole numbers ({str(task.dtype)[6:]}) that differ between the models, and "
+                        f"an average of them means nothing; say with copy: that it stays {called(inputs.target[0])}'s"
                     )
             yield self._copied(work, inputs.source(task.origin) if task.action == "copy" else self._first)
         yield [lambda slot: self._sealed(work)]
@@ -137,7 +137,8 @@ class Stream:
         with self._space(work, slot):
             region = self.reader.region(work, work.start, work.stop, slot, check=True)
             with self.reader.computing:
-                first, *others = [*region.tensors, *([] if region.base is None else [region.base])]
+                assert isinstance(region.tensors, Tensor), "one after another they are not all there to be compared"
+                first, *others = [*region.tensors.unbind(), *([] if region.base is None else [region.base])]
                 work.equal = all(torch.equal(first, other) for other in others)
                 self._judge(work)
                 for index in range(0 if work.equal else method.needed(work.params)):
@@ -246,5 +247,5 @@ class Stream:
 
 
 def whole_bytes(models: int, numel: int) -> int:
-    """Memory of a whole-tensor method on one tensor, beside what it needs for itself: raw and float32 inputs, results."""
+    """Memory of a whole-tensor method on one tensor, besides its own needs: raw and float32 inputs, results."""
     return 4 * numel * (2 * models + 4)

@@ -23,7 +23,7 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Task:
-    """One tensor to be written. merge: out of all models; copy: from one; same: from one, and all models agree on it."""
+    """One tensor to be written. merge: out of all models; copy: from one; same: from one, and all must agree."""
 
     name: str
     shape: tuple[int, ...]

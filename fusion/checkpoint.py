@@ -111,7 +111,7 @@ class Checkpoint:
 
     def read(self, name: str, start: int, stop: int, into: Tensor) -> None:
         descriptor, offset = self.places[name]
-        view = memoryview(into.view(torch.uint8).numpy())
+        view = memoryview(into.view(torch.uint8).numpy())  # type: ignore[arg-type]
         place = offset + start * into.element_size()
         while view:
             count = os.preadv(descriptor, [view], place)
@@ -229,7 +229,7 @@ class Writer:
     def write(self, name: str, start: int, values: Tensor) -> None:  # (n,) contiguous, in the tensor's dtype
         """Puts elements [start, start + n) of a tensor where they belong."""
         descriptor, offset = self.places[name]
-        view = memoryview(values.view(torch.uint8).numpy())
+        view = memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
         place = offset + start * values.element_size()
         while view:
             count = os.pwrite(descriptor, view, place)

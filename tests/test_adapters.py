@@ -343,7 +343,7 @@ def test_a_recipe_with_an_adapter_plans_and_runs(small, tmp_path):
     [
         ({"target": {"path": "./base"}, "tuned": {"path": "./adapter"}}, "name the model it sits on: base: NAME"),
         ({"target": {"path": "./base"}, "tuned": {"path": "./adapter", "base": "traget"}}, "did you mean 'target'"),
-        ({"target": {"path": "./base", "base": "tuned"}, "tuned": {"path": "./base"}}, "and this is neither"),
+        ({"target": {"path": "./base", "base": "tuned"}, "tuned": {"path": "./base"}}, "training checkpoint only"),
         (
             {"tuned": {"path": "./adapter", "base": "target"}, "target": {"path": "./adapter", "base": "tuned"}},
             "circle",

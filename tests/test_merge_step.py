@@ -115,8 +115,8 @@ def test_takes_whole_layers(folder):
 def test_only_copy_and_dtype(folder):
     result = ran(
         folder,
-        'out: soup, method: linear, base: base, models: [a, b], only: ["*.mlp.*"], copy: ["*.0.mlp.*"], dtype: bfloat16, '
-        "tokenizer: b",
+        'out: soup, method: linear, base: base, models: [a, b], only: ["*.mlp.*"], copy: ["*.0.mlp.*"], '
+        "dtype: bfloat16, tokenizer: b",
     )
     base, a, b, soup = (
         load_file(one / "model.safetensors") for one in (*(folder / n for n in ("base", "a", "b")), result)

@@ -49,11 +49,11 @@ def merge(
     shard_size: str = "5GB",
     memory: str = "512MiB",
 ) -> None:
-    """The models merged by `method` around `base`, its parameters in `params` or beside a model (`{weight: 0.5, density:
-    0.3, statistics: FILE, names: {...}}`), then the words of `post`; or, by `layers`, whole layers of each.
+    """The models merged by `method` around `base`, its parameters in `params` or beside a model (`{weight: 0.5,
+    density: 0.3, statistics: FILE, names: {...}}`), then the words of `post`; or, by `layers`, whole layers of each.
 
-    `only` and `copy` are globs of tensors that merge and that stay the base's. Adapters without a base become an adapter
-    (of rank `rank`). Any number of ranks, the same bytes.
+    `only` and `copy` are globs of tensors that merge and that stay the base's. Adapters without a base become an
+    adapter (of rank `rank`). Any number of ranks, the same bytes.
     """
     from fusion._merge_check import adapters_alone, options
 
