@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion import _keys, _sharded, data, sources
-from fusion._say import size
+from fusion import _keys, _sharded, data, sources, words
+from fusion._say import bytes_of, size
 from fusion.plan import Plan, Planned, first_model
 from fusion.recipe import DataRef, ModelRef, Recipe
 
@@ -15,6 +15,7 @@ BYTES_PER_TOKEN = 4.0  # of text, for tokenizers of some ten thousand entries
 CORE = 4e10  # floating-point operations a second of one CPU core in training; SmolLM2-135M on two cores agrees
 ACCELERATOR = 6e13  # of one data-centre accelerator in bfloat16 at an ordinary share of its peak
 BASE = 6e8  # bytes of memory of a process with the libraries loaded
+MERGING = 6e-9  # seconds of one core for each number that a merge reads, between linear's (2e-9) and della's
 TRAINING = 16  # bytes a parameter in float32: weights, gradients, two moments
 
 
@@ -124,6 +125,8 @@ def _need(planned: Planned, plan: Plan) -> Need:
     texts = [text_bytes(plan.recipe, name) for name in planned.data]
     text = sum(one for one in texts if one is not None) if texts and None not in texts else None
     tokens = None if text is None else text / BYTES_PER_TOKEN
+    if planned.step.verb == "merge":
+        return _merge_need(planned, plan, sizes)
     if planned.output == "model" and "train" in planned.word.names:
         tokens = _trained_tokens(planned, tokens)
         saves = (planned.fields.get("train") or {}).get("save_strategy") != "no"
@@ -136,6 +139,32 @@ def _need(planned: Planned, plan: Plan) -> Need:
     if planned.output == "targets":
         return Need(_times(tokens, _entry_bytes(planned.fields)), 0, _plus(_times(largest, 4), BASE), seconds)
     return Need(1e6, 0, _plus(_times(largest, 4), BASE), seconds)
+
+
+def _merge_need(planned: Planned, plan: Plan, sizes: list[float | None]) -> Need:
+    """A merge reads all of its models and holds regions of them, or whole tensors where the method asks for these."""
+    known = [one for one in sizes if one is not None]
+    largest = max(known, default=None) if len(known) == len(sizes) else None
+    fields, method = planned.fields, planned.fields.get("method")
+    each = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}.get(str(fields.get("dtype")), _stored(planned, plan))
+    unit = words.find("merge", str(method)).constants.get("UNIT", "element") if method else "element"
+    region = bytes_of(fields.get("memory", "512MiB"))
+    if unit == "tensor":  # an embedding is about a fifth of a model
+        return Need(_times(largest, each), 0, _plus(_times(largest, 0.2 * 4 * (2 * len(sizes) + 4)), BASE), None)
+    seconds = 2 + MERGING * sum(known) / (os.cpu_count() or 1) if largest is not None else None
+    return Need(_times(largest, each), 0, region + BASE / 2, seconds)
+
+
+def _stored(planned: Planned, plan: Plan) -> float:
+    """Bytes a number of the first model that lies on this machine; 4 where none does."""
+    for name in planned.models:
+        ref = plan.recipe.models[name]
+        if isinstance(ref.path, str) and not ref.path.endswith(".gguf") and ref.base is None:
+            directory = _keys.model_directory(plan.recipe, name)
+            if any(directory.glob("*.safetensors")):
+                found = sources.header(directory)
+                return found.bytes / max(1, found.parameters)
+    return 4.0
 
 
 def _entry_bytes(fields: dict[str, Any]) -> float:

@@ -34,12 +34,15 @@ class Joint:
         self.tag, self.model_scope = f"{world}-{chunk}", model_scope
         self.lock = threading.Lock()
 
-    def settle(self, works: Sequence[Work]) -> None:
-        """Every pass over these works; leaves in each what its map needs, and whether its models agree."""
+    def settle(self, works: Sequence[Work], rounds: int) -> None:
+        """Every pass over these works; leaves in each what its map needs, and whether its models agree.
+
+        rounds: most passes that a tensor needs, the same on every rank; some of a rank's own may need fewer.
+        """
         recipe = self.stream.recipe
         method = recipe.method
         stats: dict[str, Mapping[str, Tensor]] = {}
-        for index in range(len(method.passes)) if method.passes else (-1,):
+        for index in range(rounds) if rounds else (-1,):
             found = self._met(index, works)
             equal: dict[str, bool] = {}
             parts: dict[str, list[dict[str, Reading]]] = {}
@@ -55,7 +58,7 @@ class Joint:
                 tensors = {WHOLE: everything.readings()}
             params = {WHOLE if self.model_scope else work.task.name: work.params for work in works}
             for name, concrete in params.items():
-                if index >= 0:
+                if 0 <= index < method.needed(concrete):
                     together = {**stats.get(name, {}), **values(tensors[name])}
                     stats[name] = method.settle(together, concrete, recipe.weights)
             for work in works:

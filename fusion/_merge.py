@@ -22,8 +22,9 @@ from fusion._merge_plan import Planned, planned
 from fusion._params import layer_index
 from fusion._partial import PLAN, Wait, alone, begun, left_over, meet, patient, prepare
 from fusion._regions import Reader, Work
+from fusion._say import bytes_of
 from fusion._stream import Stream
-from fusion.checkpoint import Entry, Shard, Source, Writer, bytes_of, layout, shard
+from fusion.checkpoint import Entry, Shard, Source, Writer, layout, shard
 
 
 class Bar(Protocol):
@@ -153,9 +154,11 @@ def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
                 told=(lambda task: bar.advance()) if bar is not None else (lambda task: None),
             )
             together = [work for work in works if _is_joint(plan, work)]
-            if any(_is_joint(plan, _work(plan, share)) for share in shares):
-                model_scope = plan.scope == "model"
-                Joint(stream, directory, run.rank, run.world, chunk, wait, model_scope).settle(together)
+            everywhere = [work for work in (_work(plan, share) for share in shares) if _is_joint(plan, work)]
+            if everywhere and plan.recipe is not None:
+                rounds = max(plan.recipe.method.needed(work.params) for work in everywhere)
+                joint = Joint(stream, directory, run.rank, run.world, chunk, wait, plan.scope == "model")
+                joint.settle(together, rounds)
             stream.run(works)
     finally:
         torch.set_num_threads(before)
@@ -191,9 +194,9 @@ def _work(plan: Planned, share: Share) -> Work:
 
 def _is_joint(plan: Planned, work: Work) -> bool:
     """Whether its statistics are not its own."""
-    merging = work.task.action == "merge" and work.task.numel > 0
-    whole_model = plan.scope == "model" and plan.recipe is not None and bool(plan.recipe.method.passes)
-    return merging and (not work.whole or whole_model)
+    if plan.recipe is None or work.task.action != "merge" or work.task.numel == 0:
+        return False
+    return not work.whole or (plan.scope == "model" and plan.recipe.method.needed(work.params) > 0)
 
 
 def _extra_shards(plan: Planned) -> tuple[Shard, ...]:

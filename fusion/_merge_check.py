@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fusion import _keys
 from fusion._composed import COMPOSED
 from fusion._merge_step import asked
-from fusion.checkpoint import Checkpoint, Source, bytes_of
+from fusion._say import bytes_of
+from fusion.checkpoint import Checkpoint, Source
 from fusion.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -3,8 +3,10 @@ weights, heads that are tied in one model and not in another."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence, Set
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -153,6 +155,38 @@ def refuse_shapes(inputs: Inputs, named: Named, merging: Sequence[str]) -> None:
                     f"them to one by a retokenize step first"
                 )
             raise ValueError(f"{name} is {both}; only models of one architecture and size can be merged")
+
+
+def refuse_vocabularies(inputs: Inputs, merging: Sequence[str]) -> None:
+    """ValueError when rows of embeddings or heads that are to be merged stand for other tokens in another model.
+
+    Some tokens may have other names (a template's, put in the place of reserved ones); more than one in a hundred not.
+    """
+    if not any(_tail(name) in (*EMBEDDINGS, *HEADS) for name in merging):
+        return
+    name, target = inputs.target
+    mine = target.path / "tokenizer.json"
+    for model, source in inputs.models.items():
+        other = source.path / "tokenizer.json"
+        if not (mine.is_file() and other.is_file()) or mine.read_bytes() == other.read_bytes():
+            continue
+        first, second = _tokens(mine), _tokens(other)
+        common = first.keys() & second.keys()
+        odd = sorted(number for number in common if first[number] != second[number])
+        if len(odd) > len(common) // 100:
+            raise ValueError(
+                f"{len(odd)} of {len(common)} tokens of {called(model)} and {called(name)} differ (row {odd[0]} is "
+                f"{second[odd[0]]!r} and {first[odd[0]]!r}): bring them to one vocabulary by a retokenize step first"
+            )
+
+
+def _tokens(file: Path) -> dict[int, str]:
+    """Row -> token of a tokenizer.json."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    words = content["model"].get("vocab", {})
+    found = {number: entry[0] for number, entry in enumerate(words)} if isinstance(words, list) else {}
+    found |= {} if isinstance(words, list) else {number: word for word, number in words.items()}
+    return found | {added["id"]: added["content"] for added in content.get("added_tokens", ())}
 
 
 def refuse_dtypes(inputs: Inputs, named: Named, merging: Sequence[str]) -> None:

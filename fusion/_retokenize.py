@@ -165,7 +165,8 @@ def write(
     hears of every tensor."""
     import torch
 
-    from fusion.checkpoint import DTYPES, Entry, Writer, bytes_of, layout
+    from fusion._say import bytes_of
+    from fusion.checkpoint import DTYPES, Entry, Writer, layout
 
     entries = []
     for name, entry in model.header.tensors.items():

@@ -1,7 +1,10 @@
 """How a sentence about a wrong name ends: with the nearest right one."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def nearest(given: object, allowed: Iterable[str]) -> str:
@@ -30,3 +33,11 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def bytes_of(text: str | int, what: str = "size") -> int:
+    """The number of bytes in "512MiB", "5GB" or 1000000; ValueError for what is no size."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(text), re.IGNORECASE)
+    if found is None or found[2].lower() not in SIZES:
+        raise ValueError(f"{what} is '{text}'; a size like 512MiB or 5GB is needed")
+    return int(float(found[1]) * SIZES[found[2].lower()])

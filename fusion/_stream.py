@@ -184,7 +184,7 @@ class Stream:
                 follows = replace(region, merged=out, base=base, inputs=self.reader.post_sides(task, word))
                 out = word.call(follows, word.resolve(given, task.name, work.layer)).tensor.reshape(-1)
             seen: dict[str, Any] = {}
-            if isinstance(region.tensors, Tensor):
+            if isinstance(region.tensors, Tensor) and not work.equal:
                 seen = dict(observed(region.tensors.reshape(len(region.tensors), -1), base, out, region.start))
             out = out.float().cpu()
             refuse_infinite(out, task)

@@ -132,6 +132,7 @@ def _merged(
         merging = [name for name in merging if any(name in one for one in named.values())]
     _misfit.refuse_gaps(inputs, named, merging, set(target.entries), only, hidden)
     _misfit.refuse_shapes(inputs, named, merging)
+    _misfit.refuse_vocabularies(inputs, merging)
     if wanted is None:
         _misfit.refuse_dtypes(inputs, named, merging)
     chosen = set(merging)

@@ -38,7 +38,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 1 << 22  # bytes read at a time for a checksum
-SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True)
@@ -147,14 +146,6 @@ def open_source(directory: Path | str, base: Source | None = None) -> Source:
             return _sharded.open_sharded(directory, base)
         sources.refuse_pickled(str(directory), directory)
     return Checkpoint.open(directory)
-
-
-def bytes_of(text: str | int, what: str) -> int:
-    """The number of bytes in "512MiB", "5GB" or 1000000."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(text), re.IGNORECASE)
-    if found is None or found[2].lower() not in SIZES:
-        raise ValueError(f"{what} is '{text}'; a size like 512MiB or 5GB is needed")
-    return int(float(found[1]) * SIZES[found[2].lower()])
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -25,6 +25,7 @@ SUPPLIED: dict[str, frozenset[str]] = {
     "merge": frozenset({"stats", "inputs", "draw", "name", "shape", "layer"}),
     "metrics": frozenset({"documents", "base", "progress"}),
     "post": frozenset({"stats", "inputs", "draw", "name", "shape", "layer"}),
+    "match": frozenset({"target", "donor"}),
 }
 
 

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fusion.checkpoint import Checkpoint, Entry, Writer, bytes_of, layout, natural, open_source
+from fusion._say import bytes_of
+from fusion.checkpoint import Checkpoint, Entry, Writer, layout, natural, open_source
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8]
 

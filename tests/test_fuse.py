@@ -241,7 +241,7 @@ def test_min_ce_by_hand():
     per_byte[:, 2] = torch.tensor([0.5, math.nan, 0.4])
     per_byte[:, 3] = math.nan
     fused = min_ce(three, per_byte, torch.ones(3, N))
-    assert fused.present.tolist() == [False] + [True] * (N - 1)  # the best has no target there, and no worse one steps in
+    assert fused.present.tolist() == [False] + [True] * (N - 1)  # the best has no target, nobody steps in
     chosen = [0, 2, 0] + [1] * (N - 4)
     for t, m in enumerate(chosen, 1):
         assert torch.equal(fused.ids[t], three[m].ids[t]) and torch.equal(fused.log_probs[t], three[m].log_probs[t])

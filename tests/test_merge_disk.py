@@ -218,6 +218,8 @@ def test_killed_three_times_it_goes_on_to_the_same_bits(word, models, tmp_path):
 VARIANTS = [
     ("ties", {"scope": "model", "density": 0.3}),
     ("ties", {"density": {"layers": [0.2, 0.9]}}),
+    ("ties", {"density": {"match": {"*.0.*": 1.0, "*norm*": 1.0, "*": 0.5}}}),
+    ("ties", {"density": 1.0, "scope": "model"}),
     ("task_arithmetic", {"scale": {"match": {"*.mlp.*": 0.3, "*": 0.5}}}),
     ("dare", {"density": 0.5, "consensus": "ties", "rescale": "l1"}),
     ("della", {"consensus": "ties"}),
@@ -336,6 +338,24 @@ def test_bad_inputs_get_a_sentence(what, models, tmp_path):
     assert not (tmp_path / "out").exists(), "no partial output ever looks whole"
 
 
+def test_rows_that_stand_for_other_tokens(models, tmp_path):
+    def speaking(name, words):
+        at = changed(models, tmp_path / name, lambda tensors: None)
+        vocabulary = {word: number for number, word in enumerate(words)}
+        (at / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
+        return at
+
+    words = [f"w{number}" for number in range(150)]
+    one, same = speaking("one", words), speaking("same", ["<new>", *words[1:]])
+    other = speaking("other", [*words[:2], words[3], words[2], *words[4:]])
+    merge_checkpoints("linear", {"one": one, "same": same}, tmp_path / "fine")
+    with pytest.raises(
+        ValueError, match="2 of 150 tokens of 'other' and 'one' differ .row 2 is 'w3' and 'w2'.*retoken"
+    ):
+        merge_checkpoints("linear", {"one": one, "other": other}, tmp_path / "out")
+    merge_checkpoints("linear", {"one": one, "other": other}, tmp_path / "out", copy=["*embed*"])
+
+
 def test_results_that_are_not_finite_are_refused(models, tmp_path):
     chosen, _ = arguments("linear", models)
     with pytest.raises(ValueError, match="the merged .* has numbers that float16 can't hold .above 6.55e.04."):
@@ -442,3 +462,31 @@ def test_command_line(models, tmp_path):
         env=environment,
     )
     assert done.stdout.strip().endswith("False"), "a merge needs no transformers"
+
+
+def test_memory_does_not_grow_with_a_tensor(tmp_path):
+    """One tensor of 400 MB a model, sparse on disk, in a process of its own."""
+    rows, width = 24_576, 8192
+    for number in range(3):
+        size = rows * width * 2
+        table = {"w": {"dtype": "BF16", "shape": [rows, width], "data_offsets": [0, size]}}
+        header = json.dumps(table).encode()
+        (tmp_path / f"m{number}").mkdir()
+        with open(tmp_path / f"m{number}" / "model.safetensors", "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + size)
+            file.seek(8 + len(header) + 2 * number)
+            file.write(b"\x80\x3f")
+    code = (
+        "import sys; from fusion.merge import merge_checkpoints as merge; "
+        "from pathlib import Path; at = Path(sys.argv[1]); "
+        "found = merge('model_stock', {'a': at / 'm1', 'b': at / 'm2'}, at / 'out', base=at / 'm0', memory='64MiB'); "
+        "print(found.metrics['peak_rss'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    # started by a small process: what starts another one counts in its peak
+    starter = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+    command = [sys.executable, "-c", starter, sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 450e6

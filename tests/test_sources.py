@@ -285,7 +285,7 @@ def test_directories_that_are_no_model(copy, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no \\*.safetensors"):
         local(tmp_path / "empty")
-    with pytest.raises(ValueError, match="base goes with an adapter, a compressed task vector or a training checkpoint"):
+    with pytest.raises(ValueError, match="base goes with an adapter, a compressed task vector or a training"):
         sources.check("m", ModelRef("m", path="empty", base="other"), tmp_path)
 
 

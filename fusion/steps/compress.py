@@ -23,7 +23,7 @@ def compress(
     method: Literal["one_bit", "compeft"] = "one_bit",
     params: dict[str, Any] | None = None,
 ) -> None:
-    """A directory task_vector/ that is `model` again as `{path: .../task_vector, base: NAME}`, as far as its bits go."""
+    """A directory task_vector/ that is `model` again, as far as its bits go: `{path: .../task_vector, base: NAME}`."""
     if job.rank != 0:
         return
     from fusion._compressed import compress as write

@@ -76,7 +76,7 @@ def _model(job: Job, fields: dict[str, Any], given: dict[str, Any], shard_size: 
     from fusion._merge import Run, merge_into
     from fusion._merge_plan import planned
     from fusion._merge_step import asked
-    from fusion.checkpoint import bytes_of
+    from fusion._say import bytes_of
 
     names = asked(fields, job.place, job.recipe.base).models
     plan = planned(

@@ -1,4 +1,4 @@
-"""Unions of tokenizers: the first one's text and ids to the letter, and every other token known, decoded, never made."""
+"""Unions of tokenizers: the first one's text and ids to the letter, and all others known, decoded, never made."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from alignment.union import counterparts, union
 from tests.tokenizers import KINDS, TEXT, build, byte_bpe, train
 
 OTHER = ["Entirely other words: zebra quartz; über Füße, жизнь и судьба, ∮ 한국어.", "raise StopIteration(zzz)"] * 6
-PAIRS = [pair for pair in itertools.product([*KINDS, "legacy_llama", "digits"], KINDS)]
+PAIRS = list(itertools.product([*KINDS, "legacy_llama", "digits"], KINDS))
 TRICKY = st.text(alphabet=st.sampled_from("theqzä日жü🇩😀 \n\t01.<|>"), max_size=40)
 
 
@@ -48,7 +48,8 @@ def test_every_token_is_there_once_and_under_its_own_bytes(first, second):
     assert len(set(fresh)) == len(fresh) and not set(fresh) & {data for data in old.text if data}
     there = {data for data in new.text if data}
     lacking = {data for data in other.text if data} - there
-    assert len(lacking) <= made.left_out <= len([d for d in other.text if d and "\ufffd" in d.decode("utf-8", "replace")])
+    broken = [d for d in other.text if d and "\ufffd" in d.decode("utf-8", "replace")]
+    assert len(lacking) <= made.left_out <= len(broken)
 
 
 def test_others_tokens_decode_and_byte_fallback_is_not_disturbed():
