@@ -10,8 +10,8 @@ imports `fusion`.
   networks' units; `alignment.families` has them by `config.model_type`.
 * `alignment.align`: which unit of a donor is which of a target.
 
-`align`, `find_family`, `fold`, `unfold`, `verify`, `Maps`, `Space`, `Spaces` can be imported from here; a module is
-loaded when its name is first asked for.
+`align`, `find_family`, `fold`, `unfold`, `verify`, `widen`, `Maps`, `Space`, `Spaces` can be imported from here; a
+module is loaded when its name is first asked for.
 """
 
 import importlib
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from alignment.maps import Maps
     from alignment.spaces import Space, Spaces
     from alignment.verify import verify
+    from alignment.widen import widen
 
 _HOMES = {
     "align": "alignment.align",
@@ -33,11 +34,12 @@ _HOMES = {
     "fold": "alignment.fold",
     "unfold": "alignment.fold",
     "verify": "alignment.verify",
+    "widen": "alignment.widen",
     "Maps": "alignment.maps",
     "Space": "alignment.spaces",
     "Spaces": "alignment.spaces",
 }
-__all__ = ["Maps", "Space", "Spaces", "align", "find_family", "fold", "unfold", "verify"]
+__all__ = ["Maps", "Space", "Spaces", "align", "find_family", "fold", "unfold", "verify", "widen"]
 
 
 class _Package(ModuleType):

@@ -1,9 +1,9 @@
-"""The three kinds of maps of a space, and how each acts on an axis of a tensor.
+"""The kinds of maps of a space, and how each acts on an axis of a tensor.
 
 A map takes a donor's units to a target's. Writers take one matrix and readers the other, so that what is written and
-read again is the same: for a coupling P these are (P / column mass)^T and P / row mass, for an invertible A they are A
-and its inverse, for a permutation an index. `copies` maps of one space within another are stacked, in the order of the
-target's units.
+read again is the same: for a coupling P (donor, target) these are (P / column mass)^T and P / row mass, for an
+invertible A they are A and its inverse, for a permutation an index. `copies` maps of one space within another are
+stacked, in the order of the target's units.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Index:
-    """Target unit i is donor unit `index[i]`, writers times `scale[i]`, readers over it; (n,) or (copies, n)."""
+    """Target unit i is donor unit `index[i]`, writers times `scale[i]`, readers over it; (n,) or (copies, n).
+
+    A donor unit that several target units are is shared out: each has its writers, and an equal part of its readers.
+    -1 is no donor unit: zeros.
+    """
 
     index: Tensor
     scale: Tensor | None = None
@@ -28,6 +32,13 @@ class Matrix:
 
     write: Tensor
     read: Tensor
+
+
+@dataclass(frozen=True)
+class Plan(Matrix):
+    """A coupling: target units are means of donor units, `even` (n_target, n_donor) on gains, `write` with signs."""
+
+    even: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,22 +57,30 @@ def act(map: Map, role: str, block: Tensor, dim: int, copies: int | None) -> Ten
         return _act_index(map, role, block, dim, copies)
     if isinstance(map, Turn):
         return _act_turn(map, role, block, dim, copies)
+    if role == "e" and isinstance(map, Plan):
+        return _matmul(map.even, block, dim, copies)
     if role == "e":
-        if map.write.shape[-1] == map.write.shape[-2] and not _constant(block, dim):
+        if not _constant(block, dim):
             raise ValueError(
                 "norm gains that differ from unit to unit do not rotate: fold them into their readers first"
             )
-        return block if map.write.shape[-1] == map.write.shape[-2] else _matmul(map.write, block, dim, copies)
+        n, m = map.write.shape[-2:]
+        return block if n == m else block.narrow(dim, 0, 1).repeat_interleave(n, dim)
     return _matmul(map.write if role == "w" else map.read.mT, block, dim, copies)
 
 
 def _act_index(map: Index, role: str, block: Tensor, dim: int, copies: int | None) -> Tensor:
     index = map.index.to(block.device)
+    known = index.clamp_min(0)
     if copies is None:
-        out = block.index_select(dim, index)
+        out = block.index_select(dim, known)
     else:
         front = block.movedim((copies, dim), (0, 1))
-        out = front[torch.arange(len(index), device=index.device)[:, None], index].movedim((0, 1), (copies, dim))
+        out = front[torch.arange(len(index), device=index.device)[:, None], known].movedim((0, 1), (copies, dim))
+    share = shares(index)
+    if share is not None:
+        share = share if role == "r" else (share > 0).to(share)
+        out = out * _along(share.to(block), out, dim, copies)
     if map.scale is None or role == "e":
         return out
     scale = _along(map.scale.to(block), out, dim, copies)
@@ -103,14 +122,66 @@ def _constant(block: Tensor, dim: int) -> bool:
     return bool(((block - first).abs() <= 1e-6 * first.abs()).all())
 
 
+def shares(index: Tensor) -> Tensor | None:
+    """One over how often each donor unit is taken, 0 where none is; None where each is taken at most once."""
+    if not index.numel():
+        return None
+    rows = index.reshape(-1, index.shape[-1])
+    counts = torch.zeros(len(rows), int(rows.max().clamp_min(0)) + 1, dtype=torch.float64, device=index.device)
+    taken = (rows >= 0).double()
+    counts.scatter_add_(1, rows.clamp_min(0), taken)
+    if bool((counts <= 1).all()) and bool(taken.all()):
+        return None
+    return (taken / counts.gather(1, rows.clamp_min(0)).clamp_min(1)).view(index.shape)
+
+
+def missing(map: Map) -> Tensor | None:
+    """(n,) or (copies, n): the target units that no donor unit corresponds to; None where there is none."""
+    if isinstance(map, Index):
+        none = map.index < 0
+    elif isinstance(map, Plan):
+        none = map.even.sum(-1) == 0
+    else:
+        return None
+    return none if bool(none.any()) else None
+
+
+def coupled(coupling: Tensor, signs: Tensor | None = None) -> Plan:
+    """The two maps of couplings (copies, n, m), target by donor: means for writers, shares for readers."""
+    coupling = coupling.double()
+    rows, columns = coupling.sum(-1, keepdim=True), coupling.sum(-2, keepdim=True)
+    even = coupling / torch.where(rows > 0, rows, 1)
+    read = (coupling / torch.where(columns > 0, columns, 1)).mT
+    write = even
+    if signs is not None:
+        write, read = even * signs, read * signs.mT
+    return Plan(write.contiguous(), read.contiguous(), even.contiguous())
+
+
+def spread(map: Index, donors: int) -> Plan:
+    """An index into `donors` units as the same map in matrices."""
+    taken = torch.nn.functional.one_hot(map.index.clamp_min(0), donors).double() * (map.index >= 0)[..., None]
+    plan = coupled(taken)
+    if map.scale is None:
+        return plan
+    return Plan(plan.write * map.scale[..., None], plan.read / map.scale[..., None, :], plan.even)
+
+
 def after(second: Map, first: Map) -> Map:
     """`first`, then `second`: one map that does both."""
     if isinstance(second, Index) and isinstance(first, Index):
-        index = first.index.gather(-1, second.index)
-        moved = None if first.scale is None else first.scale.gather(-1, second.index)
+        known = second.index.clamp_min(0)
+        index = torch.where(second.index >= 0, first.index.gather(-1, known), -1)
+        moved = None if first.scale is None else first.scale.gather(-1, known)
         if second.scale is None or moved is None:
             return Index(index, second.scale if moved is None else moved)
         return Index(index, second.scale * moved)
+    if isinstance(second, Plan) and isinstance(first, Index):
+        first = spread(first, first.index.shape[-1])
+    elif isinstance(first, Plan) and isinstance(second, Index):
+        second = spread(second, first.write.shape[-2])
+    if isinstance(second, Plan) and isinstance(first, Plan):
+        return Plan(second.write @ first.write, first.read @ second.read, second.even @ first.even)
     if isinstance(second, Matrix) and isinstance(first, Matrix):
         return Matrix(second.write @ first.write, first.read @ second.read)
     assert isinstance(second, Turn) and isinstance(first, Turn), "maps of one space are of one kind"
@@ -118,7 +189,11 @@ def after(second: Map, first: Map) -> Map:
 
 
 def inverse(map: Map) -> Map:
-    """The map back."""
+    """The map back, of a map that has one."""
+    if isinstance(map, Plan) or (isinstance(map, Matrix) and map.write.shape[-1] != map.write.shape[-2]):
+        raise ValueError("a coupling, or a map between different widths, cannot be undone")
+    if isinstance(map, Index) and (shares(map.index) is not None or int(map.index.max()) >= map.index.shape[-1]):
+        raise ValueError("an index that leaves units out, or takes them twice, cannot be undone")
     if isinstance(map, Index):
         back = map.index.argsort(-1)
         return Index(back, None if map.scale is None else 1 / map.scale.gather(-1, back))
@@ -129,8 +204,11 @@ def inverse(map: Map) -> Map:
 
 def reorder(map: Map, order: Tensor) -> Map:
     """The copies of a map in another order: copy i of the result is copy order[i]."""
+    order = order.clamp_min(0)  # what is within a unit that has no counterpart plays no part
     if isinstance(map, Index):
         return Index(map.index[order], None if map.scale is None else map.scale[order])
+    if isinstance(map, Plan):
+        return Plan(map.write[order], map.read[order], map.even[order])
     if isinstance(map, Matrix):
         return Matrix(map.write[order], map.read[order])
     return Turn(map.turn[order])
@@ -143,6 +221,8 @@ def settle(map: Map, tolerance: float) -> Map:
             return map
         scale = torch.where((map.scale.abs() - 1).abs() <= tolerance, map.scale.sign(), map.scale)
         return Index(map.index, None if bool((scale == 1).all()) else scale)
+    if isinstance(map, Matrix) and (isinstance(map, Plan) or map.write.shape[-1] != map.write.shape[-2]):
+        return map
     if isinstance(map, Matrix):
         eye = torch.eye(map.write.shape[-1], dtype=map.write.dtype).expand_as(map.write)
         near = ((map.write - eye).abs().amax((-2, -1), keepdim=True) <= tolerance).expand_as(eye)
@@ -157,5 +237,6 @@ def still(map: Map) -> bool:
         return bool((map.index == own).all()) and (map.scale is None or bool((map.scale == 1).all()))
     if isinstance(map, Matrix):
         square = map.write.shape[-1] == map.write.shape[-2]
-        return square and bool((map.write == torch.eye(map.write.shape[-1], dtype=map.write.dtype)).all())
+        eye = torch.eye(map.write.shape[-1], dtype=map.write.dtype)
+        return square and bool((map.write == eye).all() and (map.read == eye).all())
     return bool((map.turn == 1).all())

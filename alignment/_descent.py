@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from alignment._acts import Index, Map, Matrix, Turn, act
+from alignment._acts import Index, Map, Matrix, Plan, Turn, act, coupled
 from alignment._balance import pairs, unfold
 from alignment._heads import assign_heads, expert_similarity, form_similarity
 from alignment.features.weights import scale, weights
@@ -18,7 +19,7 @@ from alignment.spaces import Part, Space, Spaces
 
 LINEAR = ("general linear", "pair turns", "pair signs")  # groups inside a head
 PIECE = 1 << 20
-Matcher = Callable[[Tensor], Tensor]
+Matcher = Callable[..., Tensor]  # (n, m) similarities, and those within each network where it names them
 Rows = tuple[Tensor, Tensor]  # of target and donor
 
 
@@ -40,6 +41,8 @@ class Descent:
     donor: Mapping[str, Tensor]
     matcher: Matcher
     given: Mapping[str, Tensor]
+    resized: frozenset[str] = frozenset()  # spaces with other sizes in target and donor
+    apart: Collection[str] = ()  # spaces that do not correspond
     maps: dict[str, Map] = field(default_factory=dict)
 
     def run(self, sweeps: int, seed: int) -> None:
@@ -76,7 +79,7 @@ class Descent:
             else:
                 self._update_experts(space)
             return
-        if space.group == "fixed":
+        if space.group == "fixed" or space.name in self.apart:
             return
         evidence: dict[str, list[Rows]] = {"linear": [], "e": []}
         for part, number in self.spaces.uses[space.name]:
@@ -102,9 +105,11 @@ class Descent:
             turn = torch.where(turn == 0, 1, turn)
             return Turn(turn if copied else turn[0])
         if space.name in self.given:
-            signed, gains = self.given[space.name].clone()[None], []
+            signed, linear, gains = self.given[space.name].clone()[None], [], []
         else:
-            signed = weights(linear).cpu() if linear else torch.zeros(1, space.size, space.size)
+            first, second = (linear or gains)[0]
+            shape = len(first), first.shape[1], second.shape[1]
+            signed = weights(linear).cpu() if linear else torch.zeros(shape)
         if group in ("orthogonal", "orthogonal fixing ones", "general linear"):
             q = procrustes(signed if copied else signed[0], fixing_ones=group == "orthogonal fixing ones")
             return Matrix(q, q.mT)
@@ -114,16 +119,36 @@ class Descent:
         table = signed.abs_() if signs else signed
         if gains:
             table += weights(gains).cpu()
-        index = torch.stack([self.matcher(one) for one in table])
-        if index.is_floating_point() or bool((index < 0).any()):
-            raise ValueError(
-                f"space '{space.name}': its units change places one for one, and this matcher gives a coupling"
-            )
+        made = torch.stack([self._call(number, one, linear, gains, signs) for number, one in enumerate(table)])
+        if made.is_floating_point():
+            if self.spaces.inner(space.name):
+                raise ValueError(
+                    f"space '{space.name}': what is within its units is matched unit by unit, and this matcher gives a "
+                    "coupling"
+                )
+            plan = coupled(made, own)
+            return plan if copied else Plan(plan.write[0], plan.read[0], plan.even[0])
         found = None
         if own is not None:
-            found = own.gather(2, index[..., None])[..., 0].double()
+            found = own.gather(2, made.clamp_min(0)[..., None])[..., 0].double()
             found = torch.where(found == 0, 1, found)
-        return Index(index if copied else index[0], found if found is None or copied else found[0])
+        return Index(made if copied else made[0], found if found is None or copied else found[0])
+
+    def _call(self, number: int, table: Tensor, linear: list[Rows], gains: list[Rows], signs: bool) -> Tensor:
+        """The matcher's answer, for copy `number` of a space."""
+        if not {"target", "donor"} <= set(inspect.signature(self.matcher).parameters):
+            return self.matcher(table)
+        if not linear and not gains:
+            raise ValueError("a matcher by relations within each network needs units described by their weights")
+
+        def within(rows: list[Rows], n: int) -> Tensor | int:
+            return weights([(pair[n][number][None],) * 2 for pair in rows])[0].cpu() if rows else 0
+
+        found = []
+        for n in (0, 1):
+            first = within(linear, n)
+            found.append((abs(first) if signs else first) + within(gains, n))
+        return self.matcher(table, target=found[0], donor=found[1])
 
     def _update_heads(self, space: Space) -> None:
         """The order of heads, and of query heads in each, by the functions of heads."""
@@ -179,6 +204,8 @@ class Descent:
     def _known(self, part: Part, number: int, everything: bool, but: Collection[str] = ()) -> bool:
         """Whether the part tells of its axis `number`: all its other spaces are matched, or nothing of them moves."""
         names = [axis.space for n, axis in enumerate(part.axes) if n != number and axis.space is not None]
+        if any(name in self.resized and name not in self.maps and name not in but for name in names):
+            return False
         return everything or all(
             name in self.maps or name in but or self.spaces.by_name[name].group == "fixed" for name in names
         )
@@ -196,8 +223,10 @@ class Descent:
         """The inner product of target and carried donor, each part over its tensors' root mean squares."""
         found = 0.0
         for key, one in self.target.items():
+            if any(axis.space in self.resized and axis.space not in self.maps for axis in self.spaces.by_key[key].axes):
+                continue
             other = self._carried(self.spaces.by_key[key], self.donor[key], set())
-            # in pieces, so that float32 sums stay short; no map changes a donor's norm
+            # in pieces, so that float32 sums stay short; no map but a coupling changes a donor's norm
             pieces = zip(one.flatten().split(PIECE), other.flatten().split(PIECE))
             found += sum(float(a @ b) for a, b in pieces) * scale(one, other)
         return found

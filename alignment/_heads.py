@@ -43,20 +43,33 @@ def form_similarity(writers: Rows, readers: Rows, rotary: bool) -> Tensor:
     return dot / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
 
 
+def cover(similarity: Tensor) -> Tensor:  # (n, m)
+    """(n,) donor units of largest total similarity, all taken and none more than once oftener than another.
+
+    Where there are more target units than donor units, those left over are assigned again; where there are fewer, donor
+    units are left out.
+    """
+    found = hungarian(similarity)
+    while bool((found < 0).any()):
+        rest = torch.nonzero(found < 0)[:, 0]
+        found[rest] = hungarian(similarity[rest])
+    return found
+
+
 def assign_heads(similarity: Tensor, fixed: bool) -> tuple[Tensor, Tensor]:
     """(K,) donor groups and (K, G) donor query heads in them, of largest total (K, G, K', G') similarity."""
-    groups, queries, donors, _ = similarity.shape
-    if queries == 1:
-        outer = torch.arange(groups) if fixed else hungarian(similarity[:, 0, :, 0])
+    groups, queries, donors, others = similarity.shape
+    if queries == others == 1:
+        outer = torch.arange(groups) if fixed else cover(similarity[:, 0, :, 0])
         return outer, torch.zeros(groups, 1, dtype=torch.int64)
     inside = torch.zeros(groups, donors, queries, dtype=torch.int64)
     score = torch.zeros(groups, donors, dtype=torch.float64)
     for a in range(groups):
         for b in [a] if fixed else range(donors):
             table = similarity[a, :, b]
-            inside[a, b] = hungarian(table)
+            inside[a, b] = cover(table)
             score[a, b] = table.gather(1, inside[a, b][:, None]).double().sum()
-    outer = torch.arange(groups) if fixed else hungarian(score)
+    outer = torch.arange(groups) if fixed else cover(score)
     return outer, inside[torch.arange(groups), outer]
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignment._acts import settle
+from alignment._acts import Map, Plan, settle
 from alignment._balance import balance
-from alignment._descent import Descent, Matcher, carry
+from alignment._descent import LINEAR, Descent, Matcher, carry
+from alignment._sizes import comparable, compare, resized, scaled
 from alignment.maps import Maps
 from alignment.spaces import Spaces
 from alignment.vocab import VocabMap
@@ -40,21 +41,26 @@ def align(
     sweeps: int = 5,
     seed: int = 0,
 ) -> Maps:
-    """Maps whose `carry` takes the donor's tensors into the target's units; every one is a symmetry of the donor.
+    """Maps whose `carry` takes the donor's tensors into the target's units; every one is a symmetry of the donor where
+    both networks have the same sizes and the matcher gives no coupling.
+
+    Spaces may have other sizes in the two: where there are more target units, donor units are shared out (heads,
+    couplings) or the target's own stay (`hungarian`); where there are fewer, they are means (couplings) or left out.
+    Queries and keys whose head sizes or frequencies differ stay the target's; `Maps.kept` says so.
 
     `features` is a word, or similarities (n, n), target by donor, by the name of a space within no other: those spaces
     are matched by them, all others by weights. `match` is a word or a function for spaces whose units change places.
     `vocab` says which rows of embeddings and head correspond, as row numbers (of the target, of the donor), or as the
     map from the donor's vocabulary to the target's; without it rows correspond by number. `layers` gives the donor's
     layer of each target layer. It sweeps until nothing improves. `seed` names the order of spaces within a sweep.
-    Raises ValueError where spaces differ in size or group, where tensors do not fit, and where weights are not finite.
+    Raises ValueError where spaces differ in group, where tensors do not fit, and where weights are not finite.
     """
     target_spaces, donor_spaces = target_spaces.of(target), donor_spaces.of(donor)
     target_spaces.check(target)
     donor_spaces.check(donor)
     if layers is not None:
         donor_spaces = donor_spaces.relabel({source: number for number, source in layers.items()})
-    _same(target_spaces, donor_spaces, vocab is not None, layers is not None)
+    apart = compare(target_spaces, donor_spaces, vocab is not None, layers is not None)
     if isinstance(features, str) and features != "weights":
         raise ValueError(f"features '{features}' come from a model and its data: give the similarities by space")
     given = {} if isinstance(features, str) else features
@@ -73,7 +79,7 @@ def align(
 
     rows = None if vocab is None else _rows(vocab)
     blocks = [_blocks(target_spaces, target, rows and rows[0]), _blocks(donor_spaces, donor, rows and rows[1])]
-    keys = [key for key in blocks[0] if key in blocks[1] and blocks[0][key].shape == blocks[1][key].shape]
+    keys, kept = comparable(target_spaces, donor_spaces, (blocks[0], blocks[1]), apart)
     tables = (target_spaces, donor_spaces)
     even = [balance(spaces, {key: one[key] for key in keys}) for spaces, one in zip(tables, blocks)]
     balanced = [
@@ -81,15 +87,35 @@ def align(
         for spaces, maps, one in zip(tables, even, blocks)
     ]
     del blocks
-    descent = Descent(target_spaces, balanced[0], balanced[1], matcher, given)
+    other = resized(target_spaces, donor_spaces)
+    descent = Descent(target_spaces, balanced[0], balanced[1], matcher, given, other, frozenset(apart))
     descent.run(sweeps, seed)
     back, into = (
         Maps(spaces, spaces, {name: map for name, map in maps.items() if name in descent.maps})
         for spaces, maps in zip(tables, even)
     )
-    found = back.inverse().after(Maps(donor_spaces, target_spaces, descent.maps)).after(into)
+    maps = scaled(descent.maps, target_spaces, donor_spaces)
+    found = Maps(donor_spaces, target_spaces, maps, kept).after(into)
+    if other or any(isinstance(map, Plan) for map in maps.values()):
+        found = _again(descent, maps).after(found)
+    found = back.inverse().after(found)
     rounding = 200 * torch.finfo(next(iter(balanced[0].values())).dtype).eps
-    return Maps(donor_spaces, target_spaces, {name: settle(map, rounding) for name, map in found.maps.items()})
+    settled = {name: settle(map, rounding) for name, map in found.maps.items()}
+    return Maps(donor_spaces, target_spaces, settled, found.kept)
+
+
+def _again(done: Descent, maps: Mapping[str, Map]) -> Maps:
+    """The carried donor balanced again, and what is inside heads matched again: a unit that shares out its readers, or
+    is written and read by a stream of another width, is balanced otherwise than the donor was."""
+    table = done.spaces
+    donor = {key: carry(table, maps, table.by_key[key], block) for key, block in done.donor.items()}
+    even = {name: map for name, map in balance(table, donor).items() if name in maps}
+    donor = {key: carry(table, even, table.by_key[key], block) for key, block in donor.items()}
+    again = Descent(table, done.target, donor, done.matcher, {}, apart=done.apart)
+    for space in table.spaces:
+        if space.group in LINEAR and space.name in maps:
+            again.update(space, everything=True)
+    return Maps(table, table, again.maps).after(Maps(table, table, even))
 
 
 def _blocks(spaces: Spaces, tensors: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, Tensor]:
@@ -106,30 +132,6 @@ def _blocks(spaces: Spaces, tensors: Mapping[str, Tensor], rows: Tensor | None) 
                 raise ValueError(f"{part.names[0]} holds nan or infinity")
             found[part.key] = block
     return found
-
-
-def _same(target: Spaces, donor: Spaces, vocab: bool, layers: bool) -> None:
-    """ValueError where the two tables have other spaces, sizes or groups."""
-    for space in target.spaces:
-        if space.name == "vocabulary" and vocab:
-            continue
-        if space.name not in donor.by_name:
-            if layers and space.name.startswith("layers."):
-                continue
-            raise ValueError(
-                f"the target has a space '{space.name}', and the donor, a {donor.family} network, has none"
-            )
-        other = donor.by_name[space.name]
-        if (space.size, space.group) != (other.size, other.group):
-            raise ValueError(
-                f"space '{space.name}' is {space.size} units with the group '{space.group}' in the target, and "
-                f"{other.size} with '{other.group}' in the donor"
-            )
-    for space in donor.spaces:
-        if space.name not in target.by_name and not (layers and space.name.startswith("unmatched.")):
-            raise ValueError(
-                f"the donor has a space '{space.name}', and the target, a {target.family} network, has none"
-            )
 
 
 def _rows(vocab: VocabMap | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

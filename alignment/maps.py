@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from alignment._acts import Index, Map, Matrix, Turn, act, after, inverse, reorder, still
+from alignment._acts import Index, Map, Matrix, Plan, Turn, act, after, inverse, missing, reorder, still
 from alignment._groups import why_not
 from alignment.spaces import Part, Spaces
 
-__all__ = ["Index", "Map", "Maps", "Matrix", "Turn"]
+__all__ = ["Index", "Map", "Maps", "Matrix", "Plan", "Turn"]
 
 HALF = (torch.bfloat16, torch.float16)
 
 
+class Lacking(NamedTuple):
+    """What maps do not carry: parts that stay the target's, with the reason; units of a space that do; parts of the
+    donor that are left out."""
+
+    kept: dict[str, str]
+    units: dict[str, int]
+    left: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Maps:
-    """From the donor's spaces `source` to the target's: a map by space name; a space without one stays as it is."""
+    """From the donor's spaces `source` to the target's: a map by space name; a space without one stays as it is.
+
+    `kept` are parts that the donor has and that do not correspond, each with the reason: they stay the target's.
+    """
 
     source: Spaces
     target: Spaces
     maps: Mapping[str, Map]
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def moving(self) -> dict[str, Map]:
-        """The maps that are not the identity."""
-        return {name: map for name, map in self.maps.items() if not still(map)}
+        """The maps that are not the identity; one that leaves units out is none, wherever the others stay."""
+        return {name: map for name, map in self.maps.items() if not still(map) or self._resized(name)}
+
+    def _resized(self, name: str) -> bool:
+        own, other = self.target.by_name.get(name), self.source.by_name.get(name)
+        return own is not None and other is not None and own.size != other.size
 
     def check(self, spaces: Spaces) -> None:
         """ValueError, with the space and the reason, where these maps are no exact symmetry of a network `spaces`."""
@@ -70,7 +89,7 @@ class Maps:
         lacking: list[str] = []
         taken: set[str] = set()
         for part in target.parts:
-            donor = _counterpart(source, part)
+            donor = None if part.key in self.kept else _counterpart(source, part)
             if donor is None or any(name not in tensors for name in donor.names):
                 if not part.optional and into is None:
                     lacking.append(part.key)
@@ -82,6 +101,7 @@ class Maps:
             dtype = read.dtype
             # sums of products in half precision would add an error of their own
             block = self.block(source, donor, read.float() if dtype in HALF else read).to(dtype)
+            block = self._completed(target, part, block, into)
             for name, piece in zip(part.names, block.unbind(0) if len(part.names) > 1 else [block]):
                 if name not in out:
                     out[name] = into[name].clone() if into is not None else piece.new_empty(_stored(part, piece))
@@ -95,6 +115,8 @@ class Maps:
             raise ValueError(
                 f"the target has no place for {', '.join(left[:3])}; give its tensors as `into` to leave it out"
             )
+        if target.ties and self._resized("residual"):
+            _even_logits(target, self, out)
         for name, tensor in tensors.items():
             if source.passed and name.endswith(source.passed):
                 out[name] = tensor.clone()
@@ -112,6 +134,44 @@ class Maps:
             block = act(self.moving[name], role, block, number, source.within_axis(part, number))
         return block - offset if offset else block
 
+    def _completed(self, target: Spaces, part: Part, block: Tensor, into: Mapping[str, Tensor] | None) -> Tensor:
+        """The block with the target's own numbers at units that no donor unit corresponds to."""
+        for number in target.order(part):
+            name = part.axes[number].space or ""
+            none = missing(self.maps[name]) if name in self.maps else None
+            if none is None:
+                continue
+            if into is None:
+                raise ValueError(
+                    f"{int(none.sum())} units of '{name}' have no counterpart; give the target's tensors as `into`"
+                )
+            copies, shape = target.within_axis(part, number), [1] * block.dim()
+            shape[number] = none.shape[-1]
+            if copies is not None:
+                shape[copies] = none.shape[0]
+                none = none if copies < number else none.mT
+            block = torch.where(none.reshape(shape).to(block.device), part.read(into).to(block), block)
+        return block
+
+    def lacking(self, tensors: Mapping[str, Tensor]) -> Lacking:
+        """What of the target does not come from the donor's tensors, and what of the donor the target has no place
+        for, by the keys of parts and the names of spaces."""
+        source = self.source.of(tensors)
+        kept, taken = dict(self.kept), set()
+        for part in self.target.parts:
+            donor = None if part.key in kept else _counterpart(source, part)
+            if donor is not None and all(name in tensors for name in donor.names):
+                taken.add(donor.key)
+            elif not part.optional:
+                kept.setdefault(part.key, "the donor has no such part")
+        units = {}
+        for name, map in self.maps.items():
+            none = missing(map)
+            if none is not None:
+                units[name] = int(none.sum())
+        left = [part.key for part in source.parts if part.key not in taken and part.names[0] in tensors]
+        return Lacking(kept, units, tuple(key for key in left if key not in kept))
+
     def after(self, first: Maps) -> Maps:
         """`first`, then these."""
         maps: dict[str, Map] = {}
@@ -126,11 +186,15 @@ class Maps:
             both = after(later, earlier) if later is not None and earlier is not None else later or earlier
             assert both is not None
             maps[name] = both
-        return Maps(first.source, self.target, maps)
+        return Maps(first.source, self.target, maps, {**first.kept, **self.kept})
 
     def inverse(self) -> Maps:
         """From the target's units back to the donor's, for maps that are symmetries."""
-        maps = {name: inverse(map) for name, map in self.maps.items()}
+        maps: dict[str, Map] = {}
+        for name, map in self.maps.items():
+            if self._resized(name):
+                raise ValueError(f"space '{name}' has other sizes in donor and target, and its map cannot be undone")
+            maps[name] = inverse(map)
         for name, map in maps.items():
             outer = self.source.by_name[name].within
             if outer is not None and outer in maps:
@@ -152,9 +216,12 @@ class Maps:
             elif isinstance(map, Matrix):
                 tensors[f"{name}/write"] = map.write.contiguous()
                 tensors[f"{name}/read"] = map.read.clone().contiguous()  # safetensors refuses shared memory
+                if isinstance(map, Plan):
+                    tensors[f"{name}/even"] = map.even.clone().contiguous()
             else:
                 tensors[f"{name}/turn"] = torch.view_as_real(map.turn.resolve_conj()).contiguous()
-        save_file(tensors, path, {"source": self.source.to_json(), "target": self.target.to_json()})
+        tables = {"source": self.source.to_json(), "target": self.target.to_json()}
+        save_file(tensors, path, {**tables, "kept": json.dumps(dict(self.kept))})
 
     @staticmethod
     def load(path: str | Path) -> Maps:
@@ -174,10 +241,12 @@ class Maps:
             if field == "index":
                 maps[name] = Index(tensor, held.get(f"{name}/scale"))
             elif field == "write":
-                maps[name] = Matrix(tensor, held[f"{name}/read"])
+                read, even = held[f"{name}/read"], held.get(f"{name}/even")
+                maps[name] = Matrix(tensor, read) if even is None else Plan(tensor, read, even)
             elif field == "turn":
                 maps[name] = Turn(torch.view_as_complex(tensor))
-        return Maps(source, target, {space.name: maps[space.name] for space in source.spaces if space.name in maps})
+        ordered = {space.name: maps[space.name] for space in source.spaces if space.name in maps}
+        return Maps(source, target, ordered, json.loads(header.get("kept", "{}")))
 
 
 def _counterpart(source: Spaces, part: Part) -> Part | None:
@@ -206,6 +275,16 @@ def _write(part: Part, block: Tensor, out: dict[str, Tensor]) -> None:
     assert not part.take, "a tensor of a stack is one part"
     for name, piece in zip(part.names, block.unbind(0)):
         out[name].copy_(piece.reshape(out[name].shape))
+
+
+def _even_logits(target: Spaces, maps: Maps, out: dict[str, Tensor]) -> None:
+    """The last norm times donor over target width: a tied head reads with what writes, which shares out nothing."""
+    share = maps.source.by_name["residual"].size / maps.target.by_name["residual"].size
+    for norm in target.norms:
+        if norm.final and norm.gain in out and "norm.gain" not in maps.kept:
+            out[norm.gain] = (out[norm.gain] + norm.offset) * share - norm.offset
+            if norm.bias is not None:
+                out[norm.bias] = out[norm.bias] * share
 
 
 def _role(role: str) -> str:

@@ -71,15 +71,26 @@ def _column(ref: DataRef, files: list[Path]) -> None:
     """The column exists in the first file, and some file holds something."""
     if not any(file.stat().st_size for file in files):
         raise ValueError(f"{ref.place}.path: {files[0]}{' and the others' if len(files) > 1 else ''} is empty")
-    columns: list[str] = []
+    if ref.column == data.ALL:
+        if ref.format == "text" or ref.max_bytes is not None:
+            what = "max_bytes cuts texts" if ref.max_bytes is not None else "a text file has no columns"
+            raise ValueError(f"{ref.place}.column: '*' takes all columns of a json or parquet file, and {what}")
+        columns(ref, files)
+        return
+    known = columns(ref, files)
+    if known and ref.column not in known:
+        raise ValueError(f"{ref.place}.column: {files[0]} has no column '{ref.column}'{nearest(ref.column, known)}")
+
+
+def columns(ref: DataRef, files: list[Path]) -> list[str]:
+    """Names of columns as far as the first file's header, or its first line, says them."""
     if ref.format == "parquet":
         import pyarrow.parquet
 
-        columns = pyarrow.parquet.read_schema(files[0]).names
-    elif ref.format == "json":
-        columns = _json_columns(ref, next(file for file in files if file.stat().st_size))
-    if columns and ref.column not in columns:
-        raise ValueError(f"{ref.place}.column: {files[0]} has no column '{ref.column}'{nearest(ref.column, columns)}")
+        return list(pyarrow.parquet.read_schema(files[0]).names)
+    if ref.format == "json":
+        return _json_columns(ref, next(file for file in files if file.stat().st_size))
+    return []
 
 
 def _json_columns(ref: DataRef, file: Path) -> list[str]:

@@ -12,7 +12,7 @@ from fusion._tasks import Task
 from fusion.checkpoint import natural
 from fusion.merge._x import BLOCK
 
-CHUNK = 32 * BLOCK  # elements: K models of it in float32 stay in a core's cache
+CHUNK = 256 * BLOCK  # elements: with fewer, what Python does for each region counts (docs/merging.md)
 OVERHEAD = 8  # float32 regions that a method makes for itself, besides two a model
 
 
@@ -51,9 +51,9 @@ def region_bytes(models: int, chunk: int) -> int:
 def fitted(models: int, memory: int, threads: int, chunk: int | None) -> tuple[int, int]:
     """(elements of a region, threads that hold one) within `memory` bytes; regions shrink first, then threads.
 
-    There are two threads for each that computes, so that reading and writing go on meanwhile.
+    A thread reads, computes and writes; the kernel reads ahead for it and writes behind it.
     """
-    size, slots = checked_chunk(chunk or CHUNK), 2 * threads
+    size, slots = checked_chunk(chunk or CHUNK), threads
     while chunk is None and size > BLOCK and slots * region_bytes(models, size) > memory:
         size //= 2
     slots = max(1, min(slots, memory // region_bytes(models, size)))

@@ -21,6 +21,7 @@ from fusion._merge_metrics import metrics
 from fusion._merge_plan import Planned, planned
 from fusion._params import layer_index
 from fusion._partial import PLAN, Wait, alone, begun, left_over, meet, patient, prepare
+from fusion._pool import keep_freed_memory
 from fusion._regions import Reader, Work
 from fusion._say import bytes_of
 from fusion._stream import Stream
@@ -138,6 +139,7 @@ def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
     shares = dealt(plan.recipe, largest_first(method, plan.tasks), run.world, chunk)
     works = [_work(plan, share) for share in shares if share.rank == run.rank]
     before = torch.get_num_threads()
+    keep_freed_memory()
     torch.set_num_threads(1)  # tensors run side by side instead: how a sum is split over threads would change its bits
     reader = Reader(plan.inputs, plan.recipe, plan.sidecars, run.threads, run.device)
     show = run.progress(len(works), "merging") if run.progress else nullcontext()

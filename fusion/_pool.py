@@ -1,11 +1,13 @@
 """A few threads, each with buffers of its own, that work on several tensors at a time.
 
 A job is a generator: it yields units that may run side by side, and goes on when all of them are done. Every thread
-reads, computes and writes; there are more threads than computing ones, so that the disk is busy meanwhile.
+reads, computes and writes.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +17,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+def keep_freed_memory() -> None:
+    """Asks glibc not to hand freed megabytes back to the kernel, which would clear their pages anew for each region."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            trim_threshold, mmap_threshold = -1, -3
+            libc.mallopt(trim_threshold, 1 << 29)
+            libc.mallopt(mmap_threshold, 1 << 25)
 
 
 class Slot:

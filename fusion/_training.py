@@ -1,11 +1,10 @@
-"""What every training step needs around its trainer: a clean process, rows, a journal, checkpoints, the output."""
+"""What every training step needs around its trainer: a clean process, rows, arguments, going on where it stopped."""
 
 import gc
 import json
 import math
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from fusion._causal import check_packing
+from fusion._journal import Journal, Saved, last_checkpoint, leave
 from fusion.data import encode
 from fusion.join import Join
 from fusion.sources import load_model, load_tokenizer
@@ -33,65 +33,6 @@ from fusion.windows import Collator, windows
 
 if TYPE_CHECKING:
     from fusion.job import Job
-
-SAVED = "saved"  # the file a rank leaves in a checkpoint it has finished
-
-
-class Journal(TrainerCallback):
-    """Writes what the trainer logs to the step's log.jsonl and moves the progress bar."""
-
-    def __init__(self, job: "Job", advance: Callable[[int], None], tokens_per_step: float):
-        self.log, self.place, self.advance, self.tokens_per_step = job.log, job.place, advance, tokens_per_step
-        self.trainer: Trainer | None = None
-        self.clock, self.at = time.perf_counter(), 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.clock, self.at = time.perf_counter(), state.global_step
-        self.advance(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.advance(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        record = dict(logs or {})
-        for name in ("loss", "grad_norm"):
-            if name in record and not math.isfinite(record[name]):
-                raise ValueError(
-                    f"{self.place}: the {name} is {record[name]} at step {state.global_step}; a lower learning_rate or "
-                    f"a warm-up usually helps (checkpoints before it are kept)"
-                )
-        trainer = self.trainer
-        if isinstance(trainer, DistillTrainer) and trainer.sums is not None:
-            lm, target, labels, targets = trainer.accelerator.reduce(trainer.sums, "sum").tolist()
-            trainer.sums = None
-            record |= {"lm_loss": lm / max(labels, 1), "target_loss": target / max(targets, 1)}
-            record |= {"target_share": targets / max(labels, 1)}
-        elif "loss" in record:
-            record["lm_loss"] = record["loss"]
-        if state.global_step > self.at:
-            seconds = (time.perf_counter() - self.clock) / (state.global_step - self.at)
-            record |= {"seconds_per_step": seconds, "tokens_per_second": self.tokens_per_step / seconds}
-            self.clock, self.at = time.perf_counter(), state.global_step
-        if "loss" in record:
-            self.log(step=state.global_step, **record)
-
-
-class Saved(TrainerCallback):
-    """Marks a checkpoint as whole, one file a rank, after everything else in it is written."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / f"{SAVED}-{args.process_index}-of-{args.world_size}").write_text("")
-
-
-def last_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint all ranks have finished, as a path, or None."""
-    found = sorted(directory.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
-    for folder in found:
-        marks = sorted(folder.glob(f"{SAVED}-*"))
-        if marks and len(marks) == int(marks[0].name.rsplit("-", 1)[1]):
-            return str(folder)
-    return None
 
 
 def _reset() -> None:
@@ -129,6 +70,10 @@ def arguments(kind: type[TrainingArguments], directory: Path, seed: int, train: 
         "seed": seed,
     }
     args = kind(**(fields | dict(train)))
+    if args.bf16 and args.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise ValueError(
+            "train.bf16: this CPU has no instructions for bfloat16, and emulates them; leave it out, or false"
+        )
     args._n_gpu = min(args.n_gpu, 1)  # more devices come by launching more processes, never by torch's DataParallel
     if is_deepspeed_zero3_enabled():
         # Weights are sharded while they load, over the ranks that DeepSpeed knows of, before there is a trainer.
@@ -162,6 +107,7 @@ def learn(
     pack: bool,
     train: Mapping[str, Any],
     peft: Mapping[str, Any] | None,
+    callbacks: Sequence[TrainerCallback] = (),
     lesson: Callable[[Any, Path], tuple[Join, Objective]] | None = None,
 ) -> None:
     """Trains a model on a data set and leaves it in the step's directory.
@@ -197,14 +143,24 @@ def learn(
             eager = not is_deepspeed_zero3_enabled() and not args.fsdp
             learn_in_forward(network, replace(objective, eager=eager, fold=objective.fold.to(args.device)))
         kind = Trainer if objective is None else DistillTrainer
-        trainer = kind(model=network, args=args, train_dataset=rows, data_collator=Collator(rows, fill, join))
+        collator = Collator(rows, fill, join)
+        trainer = kind(model=network, args=args, train_dataset=rows, data_collator=collator, callbacks=list(callbacks))
         fit(job, trainer, tokens_per_step=rows.tokens / len(rows) * args.train_batch_size * args.world_size)
         leave(job, trainer, tokenizer, use_cache, merge=bool(peft))
     if job.rank == 0:
         shutil.rmtree(job.directory / "tokens")
 
 
-def follow(job: "Job", *, model: str, data: str, max_length: int, train: Mapping[str, Any], peft: Any) -> None:
+def follow(
+    job: "Job",
+    *,
+    model: str,
+    data: str,
+    max_length: int,
+    train: Mapping[str, Any],
+    peft: Any,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
     """Supervised fine-tuning by TRL's SFTTrainer on texts or conversations, left in the step's directory."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -226,39 +182,42 @@ def follow(job: "Job", *, model: str, data: str, max_length: int, train: Mapping
         if peft:
             network = adapted(network, peft)
         rows = Dataset.from_list(texts)
-        trainer = SFTTrainer(model=network, args=args, train_dataset=rows, processing_class=tokenizer)
+        trainer = SFTTrainer(
+            model=network, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=list(callbacks)
+        )
         fit(job, trainer, tokens_per_step=0.0)
         leave(job, trainer, tokenizer, use_cache, merge=bool(peft))
 
 
-def leave(job: "Job", trainer: Trainer, tokenizer: Any, use_cache: bool, merge: bool) -> None:
-    """Puts the trained model, with its own forward and any adapter merged into it, in the step's directory."""
-    if merge:
-        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    vars(trainer.model).pop("forward", None)
-    trainer.model.config.use_cache = use_cache
-    save(trainer, tokenizer, job.directory)
-
-
 def adapted(network: PreTrainedModel, peft: Mapping[str, Any]) -> Any:
     """The model with a LoRA adapter to train (Hu et al. 2021, arXiv:2106.09685); in the end it joins the weights."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
+
+    return get_peft_model(network, lora(peft))
+
+
+def lora(peft: Mapping[str, Any]) -> Any:
+    """The recipe's `peft:` as PEFT's LoraConfig; ValueError where its adapter could not join the weights."""
+    from peft import LoraConfig
 
     if is_deepspeed_zero3_enabled():
         raise ValueError("peft: an adapter can't be merged into weights that ZeRO-3 has sharded; launch with zero2")
-    return get_peft_model(network, LoraConfig(**{"task_type": "CAUSAL_LM", **peft}))
+    return LoraConfig(**{"task_type": "CAUSAL_LM", **peft})
 
 
-def fit(job: "Job", trainer: Trainer, tokens_per_step: float) -> None:
-    """Runs the trainer, from its last whole checkpoint if there is one, and writes log.jsonl and metrics.json."""
+def fit(job: "Job", trainer: Trainer, tokens_per_step: float, language: bool = True, repeats: int = 1) -> None:
+    """Runs the trainer, from its last whole checkpoint if there is one, and writes log.jsonl and metrics.json.
+
+    language: the loss is that of language modelling. repeats: how often an epoch sees each row.
+    """
     checkpoint = last_checkpoint(Path(trainer.args.output_dir))
     _forget(job.directory / "log.jsonl", 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]), job.rank)
     args = trainer.args
-    batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.world_size))
+    batches = math.ceil(len(trainer.train_dataset) * repeats / (args.train_batch_size * args.world_size))
     epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
     with job.progress(steps, job.name) as bar:
-        journal = Journal(job, bar.advance, tokens_per_step * args.gradient_accumulation_steps)
+        journal = Journal(job, bar.advance, tokens_per_step * args.gradient_accumulation_steps, language)
         journal.trainer = trainer
         trainer.remove_callback(PrinterCallback)  # log.jsonl has it
         for callback in (journal, Saved()):
@@ -276,19 +235,3 @@ def _forget(log: Path, step: int, rank: int) -> None:
     if rank == 0 and log.exists():
         whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
         log.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-
-
-def save(trainer: Trainer, tokenizer: Any, directory: Path) -> None:
-    """Writes the trained model (safetensors) and tokenizer; rank 0 removes the training checkpoints."""
-    if trainer.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
-        # Every rank holds all weights, but the trainer would clone each and so write tied ones twice.
-        if trainer.args.should_save:
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(directory)
-    else:
-        trainer.save_model(str(directory))
-    if trainer.args.should_save:
-        (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it stands in step.json
-        if not list(directory.glob("*.safetensors")):
-            raise ValueError("the launch configuration saves shards only; set zero3_save_16bit_model: true in it")
-        tokenizer.save_pretrained(directory)
-        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)

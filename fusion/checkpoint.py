@@ -117,6 +117,8 @@ class Checkpoint:
             if count == 0:
                 raise ValueError(f"{self.path}: the file of {name} has become shorter while it was read")
             view, place = view[count:], place + count
+        # the next region comes from the disk while this one is computed with
+        os.posix_fadvise(descriptor, place, into.nbytes, os.POSIX_FADV_WILLNEED)
 
     def __del__(self) -> None:
         for descriptor in {descriptor for descriptor, _ in self.places.values()}:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fusion.recipe import DataRef
 
 STDLIB = "stdlib:"
+ALL = "*"  # the column that stands for all of them: rows of preferences, see fusion/_rows.py
 MAX_BYTES = 2048  # pieces a plain text is cut into when the recipe does not say
 SUFFIXES = {"text": "", "json": "**/*.json*", "parquet": "**/*.parquet"}
 Load = Callable[[int], "str | tuple[dict[str, str], ...]"]
@@ -193,16 +194,25 @@ def _from_text(ref: "DataRef", base: Path) -> Documents:
     return Documents(load, shuffled(table, ref.shuffle)[parse_split(ref.split, len(table), ref.place)])
 
 
-def _from_table(ref: "DataRef", base: Path) -> Documents:
+def columns_of(ref: "DataRef", base: Path) -> tuple[Any, str | None]:
+    """All columns of a json, parquet or hub entry, and the split still to be taken of it (None: it is taken)."""
     import datasets
-    import numpy as np
 
     datasets.disable_progress_bars()
     whole, sliced = (ref.split, None) if ref.shuffle is None else (ref.split.partition("[")[0], ref.split)
     if ref.hub is not None:
-        rows = datasets.load_dataset(ref.hub, revision=ref.revision, split=whole)
-    else:
-        rows = datasets.load_dataset(ref.format, data_files=[str(p) for p in files(ref, base)], split=whole)
+        return datasets.load_dataset(ref.hub, revision=ref.revision, split=whole), sliced
+    return datasets.load_dataset(ref.format, data_files=[str(p) for p in files(ref, base)], split=whole), sliced
+
+
+def _from_table(ref: "DataRef", base: Path) -> Documents:
+    import numpy as np
+
+    if ref.column == ALL:
+        raise ValueError(
+            f"{ref.place}: it has rows of preferences (column: '*'), and texts are needed here; name their column"
+        )
+    rows, sliced = columns_of(ref, base)
     if ref.column not in rows.column_names:
         raise ValueError(f"{ref.place}.column: no column {ref.column!r}; there is {', '.join(rows.column_names)}")
     column = rows.select_columns(ref.column)

@@ -17,7 +17,7 @@ from fusion.words import Word
 
 # What a step's parameter refers to, by its name: a model, data, a store, or words of a room. All others are values.
 FIELDS: dict[str, str] = {
-    **dict.fromkeys(("model", "teacher", "base", "target", "donor", "models", "layers"), "model"),
+    **dict.fromkeys(("model", "teacher", "base", "reference", "target", "donor", "models", "layers"), "model"),
     "data": "data",
     "targets": "targets",
     "fuse": "room fuse",
@@ -28,6 +28,7 @@ FIELDS: dict[str, str] = {
     "match": "room match",
     "features": "room features",
 }
+NESTED = ("online_merge",)  # mappings whose own fields are understood by their names too
 ARTICLES = {"model": "a model", "data": "data", "targets": "a store of targets", "metrics": "metrics"}
 
 
@@ -152,9 +153,8 @@ def _step(step: Step, recipe: Recipe, earlier: Mapping[str, Planned], checked: C
     files = checked.files(fitted.get("path"))
     if "files" in word.functions:
         files += [one for path in words.module(word).files(fitted) for one in checked.files(path)]
-    for name, value in fitted.items():
+    for name, value, place in _named(fitted, step.place):
         kind = FIELDS.get(name, "")
-        place = f"{step.place}.{name}"
         if kind.startswith("room "):
             if (
                 name == "method" and value is not None
@@ -196,6 +196,15 @@ def _step(step: Step, recipe: Recipe, earlier: Mapping[str, Planned], checked: C
         defaults = {parameter.name: parameter.default for parameter in word.parameters if not parameter.required}
         words.module(word).check(View(step, {**defaults, **fitted}, recipe, earlier, checked.kinds))
     return Planned(step, word, fitted, key, directory, done, output, inputs, tuple(models), tuple(texts))
+
+
+def _named(fields: Mapping[str, Any], place: str) -> list[tuple[str, Any, str]]:
+    """Fields with where they stand, and those inside of the mappings in NESTED."""
+    found = [(name, value, f"{place}.{name}") for name, value in fields.items()]
+    for outer in NESTED:
+        inside = fields.get(outer)
+        found += [(n, v, f"{place}.{outer}.{n}") for n, v in inside.items()] if isinstance(inside, dict) else []
+    return found
 
 
 def _find(step: Step) -> Word:

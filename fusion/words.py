@@ -23,7 +23,7 @@ ROOMS = {
 # What the caller of a room's functions hands over by name; not a recipe's to give.
 SUPPLIED: dict[str, frozenset[str]] = {
     "merge": frozenset({"stats", "inputs", "draw", "name", "shape", "layer"}),
-    "metrics": frozenset({"documents", "base", "progress"}),
+    "metrics": frozenset({"documents", "base", "progress", "open_model"}),
     "post": frozenset({"stats", "inputs", "draw", "name", "shape", "layer"}),
     "match": frozenset({"target", "donor"}),
 }

@@ -204,7 +204,7 @@ def test_what_cannot_merge_is_said(change, sentence):
         ({"method": "ties", "alpha": 2.0}, "from 0 to 1"),
         ({"method": "ties", "semantics": "papers"}, "did you mean 'paper'"),
         ({"method": "ties", "params": {"densty": 1.0}}, "did you mean 'density'"),
-        ({"method": "ties", "params": {"scope": "model"}}, "tensor by tensor"),
+        ({"method": "ties", "density": 0.5, "params": {"scope": "model"}}, "tensor by tensor"),
         ({"method": "linear", "density": 0.5}, "linear has no density"),
     ],
 )

@@ -68,10 +68,10 @@ def hold(coupling: Tensor, tolerance: float, word: str, remedy: str) -> Tensor:
 
 
 def relations(target: Tensor, donor: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Similarities within each network (n, n) and (m, m), each over its root mean square, without regard to sign."""
+    """Similarities within each network (n, n) and (m, m), each over its root mean square."""
     made = []
     for one in (target, donor):
-        one = one.detach().cpu().double().abs()
+        one = one.detach().cpu().double()
         if not bool(torch.isfinite(one).all()):
             raise ValueError("a similarity of units is not finite: weights or statistics hold nan or infinity")
         size = float(one.square().mean().sqrt())

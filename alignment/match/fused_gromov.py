@@ -17,9 +17,9 @@ def fused_gromov(
 ) -> Tensor:
     """(n, m) float64 coupling of least (1 - alpha) costs across + alpha differences of relations within.
 
-    Costs are similarities rescaled to [0, 1], relations `target` and `donor` are taken up to signs. It starts from exact
-    transport over costs and profiles of relations, weighed alike, and ends in a local optimum; O(n^3) a step. Raises
-    ValueError where a number is not finite and for an alpha outside [0, 1].
+    Costs are similarities rescaled to [0, 1]. It starts from exact transport over costs and profiles of relations,
+    weighed alike, and ends in a local optimum; O(n^3) a step. Raises ValueError where a number is not finite and for an
+    alpha outside [0, 1].
     """
     import ot
 

@@ -7,7 +7,7 @@ from alignment.match._plan import hold, profiles, relations, uniform
 
 
 def gromov(similarity: Tensor, *, target: Tensor, donor: Tensor, iterations: int = 1000) -> Tensor:
-    """(n, m) float64 coupling under which relations `target` (n, n) and `donor` (m, m) agree best, up to signs.
+    """(n, m) float64 coupling under which relations `target` (n, n) and `donor` (m, m) agree best.
 
     Nothing in common is needed, no shared sample and no matched space: of `similarity` (n, m) only the shape counts.
     It starts from the units' profiles of relations and ends in a local optimum (conditional gradient, as in Peyré et

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 
-def procrustes(similarity: Tensor, *, fixing_ones: bool = False) -> Tensor:  # (..., n, n) target rows times donor rows
-    """(..., n, n) orthogonal Q of largest trace(Q^T similarity): the donor's units times Q are nearest the target's.
+def procrustes(similarity: Tensor, *, fixing_ones: bool = False) -> Tensor:  # (..., n, m) target rows times donor rows
+    """(..., n, m) orthogonal Q of largest trace(Q^T similarity): the donor's units times Q are nearest the target's.
 
-    `fixing_ones` restricts Q to those that keep the mean of all units, the rotations that a LayerNorm allows. Raises
-    ValueError where a similarity is not finite.
+    For other widths its shorter rows or columns are orthonormal. `fixing_ones` restricts Q to those that take the
+    direction of ones to that of ones, as a LayerNorm needs. Raises ValueError where a similarity is not finite.
     """
     if not bool(torch.isfinite(similarity).all()):
         raise ValueError("a similarity of units is not finite: weights or statistics hold nan or infinity")
@@ -16,9 +16,9 @@ def procrustes(similarity: Tensor, *, fixing_ones: bool = False) -> Tensor:  # (
     if fixing_ones:
         from alignment._groups import complement
 
-        n = similarity.shape[-1]
-        rest = complement(n)
-        inner = procrustes(rest.mT @ similarity @ rest)
-        return torch.full((n, n), 1 / n, dtype=torch.float64) + rest @ inner @ rest.mT
-    left, _, right = torch.linalg.svd(similarity)
+        n, m = similarity.shape[-2:]
+        rows, columns = complement(n), complement(m)
+        inner = procrustes(rows.mT @ similarity @ columns)
+        return torch.full((n, m), (n * m) ** -0.5, dtype=torch.float64) + rows @ inner @ columns.mT
+    left, _, right = torch.linalg.svd(similarity, full_matrices=False)
     return left @ right

@@ -17,9 +17,9 @@ def sinkhorn(
     """(n, m) float64 coupling that is smoother the larger `epsilon`, with uniform sums.
 
     Costs are rescaled to [0, 1], so that `epsilon` means the same for all spaces; it is halved from `start` on, each
-    time from the potentials found before (Schmitzer 2019, arXiv:1610.06519). Raises ValueError where a similarity is not
-    finite, for an `epsilon` that is not positive, and where after `iterations` at the last one a unit's mass is off by
-    more than `tolerance` of it.
+    time from the potentials found before (Schmitzer 2019, arXiv:1610.06519). Raises ValueError where a similarity is
+    not finite, for an `epsilon` that is not positive, and where after `iterations` at the last one a unit's mass is
+    off by more than `tolerance` of it.
     """
     import ot
 

@@ -28,6 +28,12 @@ def keep_counts(density: Sequence[float], n: Sequence[int], count: str = "floor"
     return [keep_count(d, m, count) for d, m in zip(density, n, strict=True)]
 
 
+def largest(x: Tensor, k: Sequence[int]) -> Tensor:  # (K, n) float32
+    """(K,) the k-th largest |x| of each row, by sorting: for tensors so small that counting takes longer."""
+    ordered = x.abs().sort(1, descending=True).values
+    return torch.stack([row[m - 1] if m > 0 else row.new_full((), math.inf) for row, m in zip(ordered, k, strict=True)])
+
+
 def high_counts(x: Tensor) -> Tensor:  # (K, n) float32
     """(K, 32768) int64 how many entries have these upper 15 bits of |x|."""
     if (compiled := kernels(x)) is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fusion.merge._radix import bucket, high_counts, keep_count, keep_counts, low_counts, ranks, threshold
+from fusion.merge._radix import bucket, high_counts, keep_count, keep_counts, largest, low_counts, ranks, threshold
 from fusion.merge._sums import BLOCK, gram, row_total, total, tree
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "joined",
     "keep_count",
     "keep_counts",
+    "largest",
     "low_counts",
     "nonzeros",
     "numbers",

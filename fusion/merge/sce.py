@@ -17,7 +17,7 @@ def upper(tensors: Tensor, base: Tensor, *, select_topk: float) -> dict[str, Rea
     d = _x.deltas(tensors, base)
     counted = {"numel": Sum(torch.tensor(len(base)))}
     if select_topk >= 1:
-        return {**counted, "squares": Sum(_x.total(d.double().square_()))}
+        return {**counted, "squares": Sum(_squares(d))}
     variance = _variance(d)
     return {**counted, "high": Sum(_x.high_counts(variance)), "varied": Sum(torch.count_nonzero(variance))}
 
@@ -28,8 +28,7 @@ def lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict
 
 def squares(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict[str, Reading]:
     d = _x.deltas(tensors, base)
-    selected = _selected(d, stats["least"])
-    return {"squares": Sum(_x.total(d.double().square_().mul_(selected)))}
+    return {"squares": Sum(_squares(d.mul_(_selected(d, stats["least"]))))}
 
 
 statistics = (upper, lower, squares)
@@ -72,7 +71,7 @@ def sce(
     """
     d = _x.deltas(tensors, base)
     selected = _selected(d, stats["least"]) if "least" in stats else None
-    sign = sum(d[1:], d[0]).ge(0).float().mul_(2).sub_(1)
+    sign = _added(d).ge_(0).mul_(2).sub_(1)
     top, bottom = torch.zeros_like(base), torch.zeros_like(base)
     for share, one in zip(stats["shares"].tolist(), d, strict=True):
         size = one.mul_(sign).clamp_(min=0)  # of the entries that agree
@@ -87,11 +86,25 @@ def sce(
 
 def _variance(d: Tensor) -> Tensor:  # (K, n)
     """(1, n) population variance over the models."""
-    mean = sum(d[1:], d[0]) / len(d)
-    variance = torch.zeros_like(mean)
+    mean = _added(d).div_(len(d))
+    variance, away = torch.zeros_like(mean), torch.empty_like(mean)
     for one in d:
-        variance += (one - mean).square_()
-    return (variance / len(d)).unsqueeze(0)
+        torch.sub(one, mean, out=away)
+        variance.addcmul_(away, away)
+    return variance.div_(len(d)).unsqueeze(0)
+
+
+def _added(d: Tensor) -> Tensor:  # (K, n)
+    """(n,) sum over the models, in their order."""
+    out = d[0].clone()
+    for one in d[1:]:
+        out += one
+    return out
+
+
+def _squares(d: Tensor) -> Tensor:  # (K, n)
+    """(K,) float64 sums of squares; model by model, since float64 takes twice the memory."""
+    return torch.stack([_x.total(one.double().square_()) for one in d])
 
 
 def _selected(d: Tensor, least: Tensor) -> Tensor:

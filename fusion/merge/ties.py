@@ -1,5 +1,6 @@
 """TIES: trim, elect a sign, average those that agree (Yadav et al. 2023, arXiv:2306.01708)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -7,16 +8,25 @@ import torch
 from torch import Tensor
 
 from fusion.merge import _x
-from fusion.merge._x import Outputs, Reading, Sum
+from fusion.merge._x import Max, Outputs, Reading, Sum
 
 NEUTRAL = {"density": 1.0, "scale": 1.0}
+FEW = 1 << 14  # entries of a tensor that are sorted sooner than counted
 
 
-def upper(tensors: Tensor, base: Tensor) -> dict[str, Reading]:
-    return {"high": Sum(_x.high_counts(_x.deltas(tensors, base)))}
+def upper(
+    tensors: Tensor, base: Tensor, *, shape: tuple[int, ...], density: float | Sequence[float], scope: str, count: str
+) -> dict[str, Reading]:
+    d, n = _x.deltas(tensors, base), len(base)
+    if scope == "tensor" and n == math.prod(shape) <= FEW:
+        kept = _x.keep_counts(_x.numbers(density, len(d), "density", 0, 1), [n] * len(d), count)
+        return {"threshold": Max(_x.largest(d, kept))}
+    return {"high": Sum(_x.high_counts(d))}
 
 
 def lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict[str, Reading]:
+    if "threshold" in stats:
+        return {}
     return {"low": Sum(_x.low_counts(_x.deltas(tensors, base), stats["bucket"]))}
 
 
@@ -30,6 +40,8 @@ def passes(*, density: float | Sequence[float]) -> int:
 
 def settle(stats: Mapping[str, Tensor], *, density: float | Sequence[float], count: str) -> dict[str, Tensor]:
     """After the first pass the bins that hold the k-th largest magnitudes, after the second these magnitudes."""
+    if "threshold" in stats:
+        return {"threshold": stats["threshold"]}
     high = stats["high"]
     n = high.sum(-1).tolist()
     kept = _x.keep_counts(_x.numbers(density, len(n), "density", 0, 1), n, count)

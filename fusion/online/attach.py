@@ -39,6 +39,7 @@ class Handle:
         self.snapshots: dict[str, list[Tensor]] = {}  # key -> its pieces at the start of the window
         self.watch = False  # measure the next merge
         self.readings: dict[str, float] = {}  # of the last merge that was watched
+        self.measured = _Measured(-1, 1)  # DeepSpeed steps group by group: those of one step are measured together
         self.vectors = self._vectors(task_vectors)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -156,7 +157,9 @@ class Handle:
             for name, found in readings.items():
                 values = {s: reading.value for s, reading in found.items()}
                 stats[name] = self.method.settle({**stats[name], **values}, self._concrete(name), self._weights())
-        measured = _Measured() if self.watch else None
+        if self.watch:
+            self.measured, self.watch = _Measured(number, self.layout.copies), False
+        measured = self.measured if self.measured.number == number else None
         for piece, old, update in work:
             place = 0
             for region in self._regions(piece, update, stats[piece.name], number):
@@ -167,14 +170,14 @@ class Handle:
                     measured.add(region, merged)
                 place += len(merged)
         if measured is not None:
-            self.readings, self.watch = measured.readings(), False
+            self.readings = measured.readings()
 
     def _shared(self, index: int, own: Mapping[str, Any], names: list[str], stats: Mapping[str, Any]) -> dict[str, Any]:
         """Readings of tensors that several ranks hold parts of, added up over the ranks."""
 
         def nothing(name: str) -> Any:
             one = torch.zeros(2, 1)
-            region = Region(one, one[0], self._weights(), name, (1,), stats=stats[name], seed=self.merge.seed)
+            region = Region(one, one[0], self._weights(), name, (2,), stats=stats[name], seed=self.merge.seed)
             return self.method.call_pass(index, region, self._concrete(name))
 
         return over_ranks(own, names, nothing)
@@ -213,7 +216,8 @@ class Handle:
 class _Measured:
     """What a merge did to its update, over this rank's pieces."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int, copies: int) -> None:
+        self.number, self.copies = number, copies  # of which merge; ranks that each hold all weights
         self.kept = self.conflicts = self.entries = 0
         self.squares = torch.zeros(3, dtype=torch.float64)
 
@@ -233,7 +237,7 @@ class _Measured:
             }
         )
         kept, conflicts, entries = found["counts"].tolist()
-        update, vector, merged = found["squares"].sqrt().tolist()
+        update, vector, merged = (found["squares"] / self.copies).sqrt().tolist()
         return {
             "update_kept": kept / max(entries, 1),
             "sign_conflicts": conflicts / max(entries, 1),

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
+from fusion._params import layer_count, layer_index
+from fusion.checkpoint import Source
+from fusion.online import _saved
+from fusion.online._reduce import added_up
 from fusion.online.attach import Handle
-from fusion.online.settings import OnlineMerge
-from fusion.online.vectors import TaskVectors, open_model
+from fusion.online.final import Final
+from fusion.online.settings import Extras, OnlineMerge
+from fusion.online.vectors import TaskVectors, open_model, refuse_ties, region
 
-STATE = "online_merge"  # its files in a checkpoint of the trainer
+CHUNK = 1 << 22  # elements of the reference that are read at once
 
 
 class OnlineMergeCallback(TrainerCallback):
     """Merges the task vector (reference - base) into every optimizer step, under DDP, FSDP2 and DeepSpeed ZeRO.
 
-    base, reference: a directory or a hub id; `reference` left out is the model being tuned, as it was loaded. Only the
-    slices that this rank's optimizer holds are read. The other parameters are those of OnlineMerge.
+    base, reference: a directory, a hub id or an open Source; `reference` left out is the model being tuned, as it was
+    loaded. Only the slices that this rank's optimizer holds are read. The other parameters are those of OnlineMerge and
+    of Extras.
     """
 
     def __init__(
         self,
-        base: str | Path | None = None,
-        reference: str | Path | None = None,
+        base: str | Path | Source | None = None,
+        reference: str | Path | Source | None = None,
         method: str = "ties",
         alpha: float = 1e-6,
         density: float | None = None,
@@ -37,50 +40,85 @@ class OnlineMergeCallback(TrainerCallback):
         semantics: Literal["paper", "code"] = "paper",
         seed: int = 0,
         params: Mapping[str, Any] | None = None,
+        lines: Mapping[str, Any] | None = None,
+        ema: float | None = None,
+        towards_init: float | None = None,
     ) -> None:
         if base is None:
             raise ValueError(
                 "online merging needs a base: the model before supervised fine-tuning, whose difference to the "
                 "reference is what gets merged in"
             )
+        if reference is not None and place_of(reference) == place_of(base):
+            raise ValueError(f"reference and base are both {place_of(base)}, so there is nothing to merge")
         self.base, self.reference = base, reference
         self.merge = OnlineMerge(method, alpha, density, every, semantics, seed, params or {})
+        self.extras = Extras(lines, ema, towards_init)
         self.handle: Handle | None = None
+        self.final: Final | None = None
+        self.anchor: Source | None = None  # what drift is measured from
+        self.drift: float | None = None
+        self.measuring = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Attaches to the innermost torch optimizer, which exists by now, and goes on where a checkpoint left off."""
         model = unwrapped(given["model"])
-        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        if any(".lora_" in name for name in trained) and self.merge.every == 1:
+        names = [name for name, _ in model.named_parameters()]
+        if any(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad):
             raise ValueError(
-                "a LoRA adapter's factors have no task vector to merge at every step: the reference's change lies in "
-                "the weights the adapter sits on; merge every few steps into whole weights, or tune all of them"
+                "a LoRA adapter's factors have no task vector to merge into a step: the reference's change lies in the "
+                "weights that the adapter sits on; tune all weights, or merge the adapter in and then tune"
             )
-        reference = self.reference
+        base = opened(self.base, "base")
+        reference = None if self.reference is None else opened(self.reference, "reference")
+        start = str(model.config.name_or_path)  # where the model was loaded from
+        local = bool(start) and any(Path(start).glob("*.safetensors"))
         if reference is None and state.global_step > 0:
-            reference = model.config.name_or_path  # the weights have moved on since
-            if not Path(reference).is_dir():
+            if not local:
                 raise ValueError(
                     "a resumed run needs the reference's path: the model was trained on, so it is no reference any "
                     "more; give reference"
                 )
-        vectors = TaskVectors(
-            open_model(self.base, "base"), None if reference is None else open_model(reference, "reference")
-        )
-        self.handle = self.merge.attach(innermost(given["optimizer"]), model.named_parameters(), vectors)
-        density = self.merge.checked()[1].get("density", 1.0)
-        if (
-            self.merge.semantics == "paper"
-            and self.merge.method == "dare"
-            and density != 1.0
-            and state.is_world_process_zero
-        ):
-            print(
-                f"online merging keeps a share of {density} of each update without rescaling it, as the paper does: on "
-                f"average this trains at {density} times the learning rate (semantics: code divides by it)"
-            )
+            reference = opened(start, "reference")
+        tied = model.all_tied_weights_keys if isinstance(model, PreTrainedModel) else {}
+        for source, what in ((base, "base"), (reference, "reference")):
+            if source is not None:
+                refuse_ties(source, what, names, tied)
+        vectors = TaskVectors(base, reference, scale=self._scales(names))
+        optimizer = innermost(given["optimizer"])
+        self.handle = self.merge.attach(optimizer, model.named_parameters(), vectors)
+        self.anchor = opened(start, "reference") if reference is None and local else reference
+        if self.extras.ema is not None or self.extras.towards_init:
+            back = opened(start, "the model being tuned") if self.extras.towards_init else None
+            self.final = Final(self.handle.layout, optimizer, self.extras, back)
+        if state.is_world_process_zero and (said := self.rate()):
+            print(said)
         if state.global_step > 0:
-            self.handle.load_state_dict(load(Path(args.output_dir) / f"checkpoint-{state.global_step}", args))
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            _saved.load(folder, args.process_index, args.world_size, self.handle, self.final)
+
+    def rate(self) -> str:
+        """What a density without rescaling means for the learning rate; "" where it means nothing."""
+        density = self.merge.checked()[1].get("density", 1.0)
+        if self.merge.semantics != "paper" or self.merge.method != "dare" or density == 1.0:
+            return ""
+        return (
+            f"online merging keeps a share of {density} of each update without rescaling it, as the paper does: on "
+            f"average this trains at {density} times the learning rate (semantics: code divides by it)"
+        )
+
+    def _scales(self, names: list[str]) -> dict[str, float] | None:
+        """By parameter what LiNeS multiplies its task vector with."""
+        if self.extras.lines is None:
+            return None
+        from fusion.post.lines import lines
+
+        count, found = layer_count(names), {}
+        for name in names:
+            index = layer_index(name)
+            layer = None if index is None else (index, count)
+            found[name] = float(lines(torch.ones(1), torch.zeros(1), name=name, layer=layer, **self.extras.lines))
+        return found
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         assert self.handle is not None
@@ -89,20 +127,59 @@ class OnlineMergeCallback(TrainerCallback):
                 "the optimizer was replaced after online merging was attached to it: list the callback last, or find "
                 "the plugin that replaces it"
             )
-        self.handle.watch = (state.global_step + 1) % max(int(args.logging_steps), 1) == 0 or state.global_step == 0
+        self.measuring = (state.global_step + 1) % max(int(state.logging_steps), 1) == 0 or state.global_step == 0
+        if self.measuring:
+            self.handle.watch = True  # until a window ends
+        if self.final is not None:
+            self.final.last = state.global_step + 1 >= state.max_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """How far the weights are from the reference, when that is logged."""
+        if not self.measuring or self.anchor is None or self.handle is None:
+            return
+        squares = torch.zeros(1, dtype=torch.float64)
+        for piece in self.handle.layout.pieces:
+            for first in range(0, piece.flat.numel(), CHUNK):
+                part = piece.flat[first : first + CHUNK].detach()
+                at = piece.start + first
+                there = region(self.anchor, piece.name, at, at + part.numel()).to(part.device)
+                squares += (part.float() - there).double().square().sum().cpu()
+        squares /= self.handle.layout.copies
+        self.drift = float(added_up({"squares": squares})["squares"].sqrt())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """What merging did joins what the trainer logs, for the callbacks listed after this one."""
         if self.handle is not None and logs is not None and "loss" in logs:
             logs.update({f"online_{name}": value for name, value in self.handle.readings.items()})
+            if self.drift is not None:
+                logs["online_drift"] = self.drift
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Each rank leaves what a window has gathered so far; task vectors are read again."""
         assert self.handle is not None
-        save(Path(args.output_dir) / f"checkpoint-{state.global_step}", args, self.handle.state_dict())
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        _saved.save(folder, args.process_index, args.world_size, self.handle, self.final)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.handle is not None:
             self.handle.detach()
+        if self.final is not None:
+            self.final.detach()
+            if not self.final.done and state.is_world_process_zero:
+                print(
+                    f"training ended in step {state.global_step} of {state.max_steps}, before its last: the weights "
+                    f"are the policy's own, without ema and towards_init"
+                )
+
+
+def place_of(model: str | Path | Source) -> str:
+    """Where a model is, for sentences."""
+    return str(model) if isinstance(model, (str, Path)) else str(model.path)
+
+
+def opened(model: str | Path | Source, what: str) -> Source:
+    """The model as a source."""
+    return open_model(model, what) if isinstance(model, (str, Path)) else model
 
 
 def innermost(optimizer: Any) -> torch.optim.Optimizer:
@@ -122,28 +199,3 @@ def unwrapped(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model
-
-
-def _file(folder: Path, args: Any) -> Path:
-    return folder / f"{STATE}-{args.process_index}-of-{args.world_size}.safetensors"
-
-
-def save(folder: Path, args: Any, state: Mapping[str, Any]) -> None:
-    """Steps seen and the weights at the start of a window, of one rank."""
-    tensors = {f"{key}/{i}": t.cpu() for key, pieces in state["snapshots"].items() for i, t in enumerate(pieces)}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, _file(folder, args), metadata={"steps": json.dumps(state["steps"])})
-
-
-def load(folder: Path, args: Any) -> dict[str, Any]:
-    """What `save` left."""
-    file = _file(folder, args)
-    if not file.is_file():
-        raise ValueError(
-            f"{folder} has no {file.name}: it was saved without online merging, or by another number of processes"
-        )
-    with safe_open(file, "pt") as stored:
-        snapshots: dict[str, list[torch.Tensor]] = {}
-        for name in sorted(stored.keys(), key=lambda n: (n.rpartition("/")[0], int(n.rpartition("/")[2]))):
-            snapshots.setdefault(name.rpartition("/")[0], []).append(stored.get_tensor(name))
-        return {"steps": json.loads(stored.metadata()["steps"]), "snapshots": snapshots}

@@ -48,6 +48,12 @@ class Layout:
         return self.held[id(tensor)]
 
     @property
+    def copies(self) -> int:
+        """How many ranks hold the same elements: all of them where nothing is sharded."""
+        spread = self.kind != "plain" or not (dist.is_available() and dist.is_initialized())
+        return 1 if spread else dist.get_world_size()
+
+    @property
     def pieces(self) -> tuple[Piece, ...]:
         return tuple(piece for _, pieces in self.held.values() for piece in pieces)
 

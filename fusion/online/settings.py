@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from fusion import words
 from fusion._method import Method
 from fusion._say import nearest
 
@@ -112,3 +113,22 @@ class OnlineMerge:
         from fusion.online.attach import Handle
 
         return Handle(self, optimizer, list(named_parameters), task_vectors)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What the callback does besides: `lines` scales the task vector layer by layer, {alpha, beta, outside} as the post
+    word of that name; `ema` leaves a moving average of the policy with this decay; `towards_init` leaves this share of
+    the way back to the weights that training began with (both in the last step)."""
+
+    lines: Mapping[str, Any] | None = None
+    ema: float | None = None
+    towards_init: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; it is the decay of a moving average, between 0 and 1")
+        if self.towards_init is not None and not 0 <= self.towards_init <= 1:
+            raise ValueError(f"towards_init is {self.towards_init}; it is a share of the way back, from 0 to 1")
+        if self.lines is not None:
+            words.check("post", "lines", self.lines, "lines")

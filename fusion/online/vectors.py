@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusion._say import nearest
 from fusion.checkpoint import Source, open_source
+from fusion.online.layouts import Piece
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,17 @@ class TaskVectors(Mapping[str, "Difference"]):
     """reference - base by parameter name; without a reference, the weights at the start of training - base.
 
     dtype: what is kept of it. bfloat16 keeps 8 bits of each entry at 2 bytes; alpha times its error is far below what
-    an update rounds to.
+    an update rounds to. scale: what each is multiplied with.
     """
 
     base: Source
     reference: Source | None = None
     dtype: torch.dtype = torch.bfloat16
+    scale: Mapping[str, float] | None = None
 
     def __getitem__(self, name: str) -> Difference:
+        if name not in self.base.entries:
+            raise KeyError(name)
         return Difference(self, name)
 
     def __iter__(self) -> Iterator[str]:
@@ -49,15 +53,16 @@ class Difference:
     def read(self, start: int, stop: int, weights: Tensor) -> Tensor:
         """(stop - start,) of the reference less the base."""
         base = region(self.of.base, self.name, start, stop).to(weights.device)
+        scale = 1.0 if self.of.scale is None else self.of.scale[self.name]
         if self.of.reference is None:
-            return (weights.float() - base).to(self.of.dtype)
-        if self.name not in self.of.reference.entries:
-            known = self.of.reference.entries
+            return (weights.float() - base).mul_(scale).to(self.of.dtype)
+        known = self.of.reference.entries
+        if self.name not in known:
             raise ValueError(f"the reference has no tensor '{self.name}'{nearest(self.name, known)}")
-        there = self.of.reference.entries[self.name].shape
-        if there != self.shape:
-            raise ValueError(f"'{self.name}' is {there} in the reference and {self.shape} in the base")
-        return (region(self.of.reference, self.name, start, stop).to(weights.device) - base).to(self.of.dtype)
+        if known[self.name].shape != self.shape:
+            raise ValueError(f"'{self.name}' is {known[self.name].shape} in the reference and {self.shape} in the base")
+        there = region(self.of.reference, self.name, start, stop).to(weights.device)
+        return (there - base).mul_(scale).to(self.of.dtype)
 
 
 def region(source: Source, name: str, start: int, stop: int) -> Tensor:
@@ -65,6 +70,36 @@ def region(source: Source, name: str, start: int, stop: int) -> Tensor:
     raw = torch.empty(stop - start, dtype=source.entries[name].dtype)
     source.read(name, start, stop, raw)
     return raw.float()
+
+
+def checked_region(source: Source, what: str, piece: Piece, stop: int) -> Tensor:
+    """(stop - piece.start,) float32; ValueError when there is no such tensor, or one of another shape."""
+    if piece.name not in source.entries or source.entries[piece.name].shape != piece.shape:
+        raise ValueError(f"{what} ({source.path}) has no tensor '{piece.name}' of {piece.shape}")
+    return region(source, piece.name, piece.start, stop)
+
+
+def refuse_ties(source: Source, what: str, names: Iterable[str], tied: Mapping[str, str]) -> None:
+    """ValueError when the model ties two tensors that this checkpoint holds apart, or the other way round.
+
+    A tied tensor has one name in the model, and a task vector of that name: the other one's would be lost. tied: name ->
+    the name it is tied to.
+    """
+    here = set(names)
+    for name, source_name in tied.items():
+        if name in here or name not in source.entries or source_name not in source.entries:
+            continue
+        if not source.config.get("tie_word_embeddings", True):
+            raise ValueError(
+                f"the model ties {name} to {source_name}, and the {what} ({source.path}) holds them apart: the change "
+                f"of one of the two would be lost; take a {what} that ties them too"
+            )
+    head = next((name for name in here if name.endswith("lm_head.weight") and name not in source.entries), None)
+    if head is not None and source.config.get("tie_word_embeddings"):
+        raise ValueError(
+            f"the {what} ({source.path}) ties {head} to its embeddings, and the model holds them apart; take models "
+            f"that agree in tie_word_embeddings"
+        )
 
 
 def open_model(path: str | Path, what: str) -> Source:

@@ -88,6 +88,7 @@ def plan_items(models: Any, metrics: Any, data: Any, place: str) -> list[Item]:
         twice = [name for number, name in enumerate(given) if name in given[:number]]
         if twice:
             raise ValueError(f"{place}: {what} '{twice[0]}' is given twice; measure it in a step of its own")
+    _refuse_strangers(names, parsed, place)
     items = []
     for name in names:
         for word, params in parsed:
@@ -97,6 +98,15 @@ def plan_items(models: Any, metrics: Any, data: Any, place: str) -> list[Item]:
             targets = domains.items() if reads else [("", "")]
             items += [Item(name, word, params, domain, source) for domain, source in targets]
     return items
+
+
+def _refuse_strangers(names: list[str], parsed: list[tuple[str, dict[str, Any]]], place: str) -> None:
+    """ValueError for a metric's `target` that is none of the models: only on these does the step depend."""
+    for word, params in parsed:
+        if "target" in params and params["target"] not in names:
+            raise ValueError(
+                f"{place}: {word}'s target '{params['target']}' has to be one of models: {', '.join(names)}"
+            )
 
 
 def domains_of(data: str | list[str] | Mapping[str, str] | None) -> dict[str, str]:
@@ -109,8 +119,9 @@ def domains_of(data: str | list[str] | Mapping[str, str] | None) -> dict[str, st
 
 
 def measure(job: Job, item: Item, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """The metric's result; it is given what it names: model, tokenizer, documents, base, progress, its parameters."""
-    from fusion import words
+    """The metric's result; it is given what it names: model, tokenizer, documents, base, progress, open_model, its
+    parameters."""
+    from fusion import sources, words
 
     metric: Callable[..., dict[str, Any]] = words.load("metrics", item.word)
     wanted = inspect.signature(metric).parameters
@@ -121,6 +132,9 @@ def measure(job: Job, item: Item, model: Any, tokenizer: Any) -> dict[str, Any]:
         "documents": lambda: job.documents(item.data),
         "base": lambda: job.recipe.base,
         "progress": lambda: lambda work: job.progress(work, said),
+        "open_model": lambda: (
+            lambda name: sources.load_model(job.model(name), str(model.dtype).partition(".")[2], device=job.device)
+        ),
     }
     return metric(**{name: give() for name, give in offered.items() if name in wanted}, **item.params)
 
@@ -171,9 +185,10 @@ def check(view: Any) -> None:
     from fusion import words
 
     domains = domains_of(view.fields["data"])
-    given = view.fields["metrics"]
+    given, models = view.fields["metrics"], view.fields["models"]
     for index, entry in enumerate(given if isinstance(given, list) else [given]):
         word, params = words.parse("metrics", entry, f"{view.place}.metrics[{index}]")
+        _refuse_strangers([models] if isinstance(models, str) else list(models), [(word, params)], view.place)
         source = words.find("metrics", word).file.read_text(encoding="utf-8")
         if "documents" in _arguments(source, word.rpartition(".")[2]) and not domains:
             raise ValueError(f"{view.place}: {word} reads text and needs data: a name of the recipe's data, or several")

@@ -1,11 +1,28 @@
-"""Continued training: the baseline that every fusion must beat."""
+"""Continued training: language modelling, supervised fine-tuning, preferences, rewards; with online merging or not."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from fusion.job import Job
+    from fusion.plan import View
 
 OUTPUT = "model"
+
+
+def files(fields: Mapping[str, Any]) -> list[str]:
+    """Files that the result depends on besides models and data: the rewards' sources."""
+    from fusion._tune_check import reward_files
+
+    return reward_files(fields)
+
+
+def check(view: "View") -> None:
+    """Raises ValueError for data that the algorithm can't learn from, for rewards and for online merging that can't
+    be meant; `plan` calls it."""
+    from fusion._tune_check import check as checked
+
+    checked(view)
 
 
 def tune(
@@ -14,20 +31,44 @@ def tune(
     out: str,
     model: str,
     data: str,
-    algorithm: Literal["clm", "sft"] = "clm",
+    algorithm: Literal["clm", "sft", "dpo", "kto", "reward", "grpo", "rloo"] = "clm",
     max_length: int = 512,
     pack: bool = True,
+    rewards: list[str] | None = None,
+    online_merge: dict[str, Any] | None = None,
     train: dict[str, Any] | None = None,
     peft: dict[str, Any] | None = None,
 ) -> None:
-    """The model after `clm` (language modelling by transformers.Trainer, on the rows a distill step would see) or `sft`
-    (TRL's SFTTrainer on texts or conversations)."""
+    """The model after `clm` (language modelling by transformers.Trainer, on the rows a distill step would see), `sft`
+    (TRL's SFTTrainer on texts or conversations), or TRL's trainer for preferences (`dpo`, `kto`), for a model that
+    scores (`reward`) or for `rewards` of its own completions (`grpo`, `rloo`).
+
+    online_merge: {base, reference, method, alpha, density, ...} of OnlineMergeCallback, base and reference being models
+    of the recipe; the reference is `model` when left out.
+    """
     from fusion._training import follow, learn
 
+    callbacks = merging(job, model, online_merge) if online_merge else []
+    common: dict[str, Any] = {"model": model, "data": data, "max_length": max_length, "train": train or {}}
+    common |= {"peft": peft, "callbacks": callbacks}
     if algorithm == "clm":
-        learn(job, model=model, data=data, max_length=max_length, pack=pack, train=train or {}, peft=peft)
+        learn(job, pack=pack, **common)
+    elif algorithm == "sft":
+        follow(job, **common)
     else:
-        follow(job, model=model, data=data, max_length=max_length, train=train or {}, peft=peft)
+        from fusion._preference import prefer
+
+        prefer(job, algorithm=algorithm, rewards=rewards or [], **common)
+
+
+def merging(job: "Job", model: str, settings: Mapping[str, Any]) -> list[Any]:
+    """The callback that merges online. The reference is read from its files, so a resumed run has it too."""
+    from fusion.online import OnlineMergeCallback
+
+    given = {"seed": job.seed, **settings}
+    given["base"] = job.source(settings["base"])
+    given["reference"] = job.source(settings.get("reference") or model)
+    return [OnlineMergeCallback(**given)]
 
 
 def train_fields(algorithm: str = "clm") -> set[str]:
@@ -38,6 +79,10 @@ def train_fields(algorithm: str = "clm") -> set[str]:
         from transformers import TrainingArguments
 
         return {field.name for field in fields(TrainingArguments)}
-    from trl import SFTConfig
+    if algorithm == "sft":
+        from trl import SFTConfig
 
-    return {field.name for field in fields(SFTConfig)}
+        return {field.name for field in fields(SFTConfig)}
+    from fusion._preference import kinds
+
+    return {field.name for field in fields(kinds(algorithm)[1])}

@@ -111,6 +111,7 @@ def make(folder: Path, which: Mapping[str, tuple[int, ...]], experts: int) -> No
     work.join()
     if work.exitcode:
         sys.exit("the models could not be made")
+    os.sync()  # so that they are not flushed to the disk while something is timed
 
 
 def _make(folder: Path, which: Mapping[str, tuple[int, ...]], experts: int) -> None:

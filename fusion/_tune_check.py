@@ -1,0 +1,106 @@
+"""A tune step while planning: its data against its algorithm, its rewards, its online merging."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from fusion import data, words
+from fusion._checked import columns
+from fusion._rows import COLUMNS, check_columns
+from fusion._say import nearest
+
+if TYPE_CHECKING:
+    from fusion.plan import View
+
+REWARDED = ("grpo", "rloo")
+MODELS = ("base", "reference")
+
+
+def reward_files(given: Mapping[str, Any]) -> list[str]:
+    """The sources of the rewards that can be found; `check` says which can't."""
+    found = [_reward_file(word) for word in given.get("rewards") or ()]
+    return [file for file in found if file]
+
+
+def _reward_file(word: str) -> str:
+    try:
+        return str(words.find("steps", word).file) if "." in word else ""
+    except ValueError:
+        return ""
+
+
+def check(view: View) -> None:
+    """Raises ValueError, with the place, for what is wrong with a tune step as far as headers tell."""
+    _data(view)
+    _rewards(view)
+    if view.fields["online_merge"] is not None:
+        _online_merge(view, view.fields["online_merge"])
+
+
+def _data(view: View) -> None:
+    algorithm, ref = view.fields["algorithm"], view.recipe.data[view.fields["data"]]
+    place = f"{view.place}.data"
+    if algorithm not in COLUMNS:
+        if ref.column == data.ALL:
+            raise ValueError(
+                f"{place}: '{ref.name}' has rows of preferences (column: '*'), and {algorithm} learns from texts; "
+                f"algorithms for preferences are {', '.join(COLUMNS)}"
+            )
+        return
+    if ref.column != data.ALL or ref.mix:
+        raise ValueError(
+            f"{place}: {algorithm} learns from whole rows; give data.{ref.name} a json or parquet file and column: '*'"
+        )
+    if ref.path is not None and (known := columns(ref, data.files(ref, view.recipe.base))):
+        check_columns(algorithm, known, f"{place}: {ref.name}")
+
+
+def _rewards(view: View) -> None:
+    algorithm, rewards = view.fields["algorithm"], view.fields["rewards"] or []
+    place = f"{view.place}.rewards"
+    if algorithm not in REWARDED:
+        if rewards:
+            raise ValueError(f"{place}: {algorithm} has no rewards; they are for {' and '.join(REWARDED)}")
+        return
+    if not rewards:
+        raise ValueError(f"{place}: {algorithm} needs rewards, dotted words such as my_lab.brevity")
+    for word in rewards:
+        if "." not in word:
+            raise ValueError(
+                f"{place}: '{word}' has no dot; a reward is a function in a module of its name, such as my_lab.brevity"
+            )
+        try:
+            words.find("steps", word)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+
+
+def _online_merge(view: View, given: Mapping[str, Any]) -> None:
+    from fusion.online.settings import Extras, OnlineMerge
+
+    place = f"{view.place}.online_merge"
+    own, extra = ([field.name for field in fields(kind)] for kind in (OnlineMerge, Extras))
+    known = [*MODELS, *own, *extra]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{place}: there is no parameter '{name}'{nearest(name, known)}")
+    if "base" not in given:
+        raise ValueError(
+            f"{place}: it needs a base, the model before supervised fine-tuning: what is merged into every step is "
+            f"reference - base"
+        )
+    reference = given.get("reference") or view.fields["model"]
+    if reference == given["base"]:
+        raise ValueError(f"{place}: reference and base are both '{reference}', so there is nothing to merge")
+    if view.fields["peft"]:
+        raise ValueError(
+            f"{place}: peft trains the factors of an adapter, which have no task vector: the reference's change lies "
+            f"in the weights they sit on; leave one of the two out"
+        )
+    try:
+        OnlineMerge(**{"seed": view.recipe.seed} | {name: given[name] for name in own if name in given})
+        Extras(**{name: given[name] for name in extra if name in given})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{place}: {error}") from None
