@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from alignment._layout import Layout, Stored, still
-from alignment._units import Dim, Unit, freeze, join, limit, narrow, regroup, resolve, size
+from alignment._units import Dim, Unit, freeze, join, limit, narrow, regroup, resolve
 
 POSITIVE = {"relu", "leaky_relu", "rrelu", "relu_"}
 ODD = {"tanh", "sin", "atan", "erf", "asinh", "softsign", "hardshrink", "softshrink"}
@@ -29,8 +27,6 @@ def elementwise(name: str, x: Layout) -> Layout | None:
     if name not in POSITIVE | ODD | PLAIN:
         return None
     limit(x.dims, scales=name in POSITIVE, signs=name in ODD)
-    if name in POSITIVE:
-        limit(x.dims, scales=True, signs=False)
     return x.take(x.dims)
 
 
@@ -263,12 +259,3 @@ def attended(query: Layout, key: Layout, value: Layout, shape: Sequence[int]) ->
     for number in range(-3, -len(shape) - 1, -1):
         join(join(query.dims[number], key.dims[number]), value.dims[number])
     return query.take([*query.dims[:-1], value.dims[-1]], shape)
-
-
-def shape_of(value: Any) -> tuple[int, ...]:
-    assert isinstance(value, Tensor)
-    return tuple(value.shape)
-
-
-Call = Callable[..., Any]
-__all__ = ["Call", "size"]
