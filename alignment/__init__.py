@@ -8,10 +8,11 @@ imports `fusion`.
 * `alignment.vocab`: one vocabulary into another, and distributions over one projected onto the other.
 * `alignment.spaces`, `alignment.maps`: the unit spaces of a network with their exact symmetries, and maps between two
   networks' units; `alignment.families` has them by `config.model_type`.
-* `alignment.align`: which unit of a donor is which of a target.
+* `alignment.align`: which unit of a donor is which of a target; `alignment.layers` which layer, `alignment.widen` a
+  network in a wider one.
 
-`align`, `find_family`, `fold`, `unfold`, `verify`, `widen`, `Maps`, `Space`, `Spaces` can be imported from here; a
-module is loaded when its name is first asked for.
+`align`, `find_family`, `fold`, `unfold`, `trace`, `verify`, `widen`, `Maps`, `Space`, `Spaces` can be imported from
+here; a module is loaded when its name is first asked for.
 """
 
 import importlib
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from alignment.fold import fold, unfold
     from alignment.maps import Maps
     from alignment.spaces import Space, Spaces
+    from alignment.trace import trace
     from alignment.verify import verify
     from alignment.widen import widen
 
@@ -33,13 +35,14 @@ _HOMES = {
     "find_family": "alignment.families",
     "fold": "alignment.fold",
     "unfold": "alignment.fold",
+    "trace": "alignment.trace",
     "verify": "alignment.verify",
     "widen": "alignment.widen",
     "Maps": "alignment.maps",
     "Space": "alignment.spaces",
     "Spaces": "alignment.spaces",
 }
-__all__ = ["Maps", "Space", "Spaces", "align", "find_family", "fold", "unfold", "verify", "widen"]
+__all__ = ["Maps", "Space", "Spaces", "align", "find_family", "fold", "trace", "unfold", "verify", "widen"]
 
 
 class _Package(ModuleType):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alignment._acts import Index, Map, Matrix, Turn
+from alignment._chain import even
 from alignment.spaces import Part, Space, Spaces
 
 
@@ -30,7 +31,7 @@ def balance(spaces: Spaces, blocks: Mapping[str, Tensor]) -> dict[str, Map]:
             map = _balance(space, rows["w"], rows["r"])
             if map is not None:
                 found[space.name] = map
-    return found
+    return even(spaces, blocks, found)
 
 
 def unfold(spaces: Spaces, part: Part, number: int, block: Tensor) -> Tensor:

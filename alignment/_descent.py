@@ -141,13 +141,16 @@ class Descent:
         if not linear and not gains:
             raise ValueError("a matcher by relations within each network needs units described by their weights")
 
-        def within(rows: list[Rows], n: int) -> Tensor | int:
-            return weights([(pair[n][number][None],) * 2 for pair in rows])[0].cpu() if rows else 0
+        def within(rows: list[Rows], n: int) -> Tensor:
+            size = len(table) if n == 0 else table.shape[1]
+            return (
+                weights([(pair[n][number][None],) * 2 for pair in rows])[0].cpu() if rows else torch.zeros(size, size)
+            )
 
         found = []
         for n in (0, 1):
             first = within(linear, n)
-            found.append((abs(first) if signs else first) + within(gains, n))
+            found.append((first.abs() if signs else first) + within(gains, n))
         return self.matcher(table, target=found[0], donor=found[1])
 
     def _update_heads(self, space: Space) -> None:
@@ -193,7 +196,10 @@ class Descent:
             both = self.target[part.key], self._carried(part, self.donor[part.key], within)
             inner = [n for n, axis in enumerate(part.axes) if axis.space in within and n != number]
             if inner:
-                one, other = (block.movedim((number, inner[0]), (0, 1)).flatten(2) for block in both)
+                one, other = (
+                    block.movedim((number, inner[0]), (0, 1)).flatten(1).unflatten(1, (block.shape[inner[0]], -1))
+                    for block in both
+                )
                 inside.append((one, other))
             else:
                 one, other = (block.movedim(number, 0).flatten(1) for block in both)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from alignment._units import Dim, Unit, find, freeze, limit, resolve, size, units
+from alignment._units import Dim, Unit, find, freeze, join, limit, resolve, size, units
 from alignment.spaces import Axis, Part, Space, Spaces
 
 
@@ -29,6 +29,14 @@ class Piece:
             limit([self.dims[dim]])
         self.roles[dim] = role
         self.said.add(dim)
+
+    def hold(self, dim: int, units: Dim, role: str) -> None:
+        """What its axis holds, as it turns out where the tensor is used."""
+        if dim in self.said:
+            join(self.dims[dim], units)
+        else:
+            self.dims[dim] = units
+        self.role(dim, role)
 
 
 @dataclass
@@ -118,7 +126,9 @@ class Stored:
                 having = [factor for segment in segments for factor in segment if isinstance(factor, Unit)]
                 for unit in having:
                     outer = unit.within and find(unit.within)
-                    if having.count(unit) > 1 or (outer is not None and (outer.fixed or outer not in having)):
+                    nested = outer is not None or any(other.within and find(other.within) is unit for other in having)
+                    twice = nested and having.count(unit) > 1  # the copies would lie on two axes
+                    if twice or (outer is not None and (outer.fixed or outer not in having)):
                         freeze([(unit,)])
                         settled = False
         return settled
@@ -131,7 +141,7 @@ def _space(unit: Unit) -> Space:
         group = "scaled permutation" if unit.signs else "positive permutation"
     else:
         group = "signed permutation" if unit.signs else "permutation"
-    return Space(unit.name, unit.size, group, unit.within and find(unit.within).name)
+    return Space(unit.name, unit.size, group, None if unit.within is None else find(unit.within).name)
 
 
 def _combinations(dims: Sequence[Dim]) -> list[tuple[tuple[Unit | int, ...], ...]]:

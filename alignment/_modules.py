@@ -9,7 +9,7 @@ from torch import nn
 
 from alignment import _rules as rules
 from alignment._layout import Layout, Stored, still
-from alignment._units import freeze, join, limit
+from alignment._units import Dim, freeze, limit
 
 NORMS: dict[type, str] = {
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), "batch_norm"),
@@ -57,8 +57,7 @@ def module(part: nn.Module, at: str, inputs: Sequence[Any], options: Any, shape:
         limit(x.dims, scales=True, signs=False)
         if weight.shape[0] > 1:
             assert weight.piece is not None
-            weight.piece.role(0, "e")
-            join(x.dims[1], weight.dims[0])
+            weight.piece.hold(0, x.dims[1], "e")
         else:
             freeze(*weight.dims)
         return x.take(x.dims)
@@ -93,24 +92,18 @@ def attention(part: nn.MultiheadAttention, at: str, inputs: Sequence[Any], optio
     heads = stored.unit(f"{at}heads", part.num_heads, scales=False, signs=False)
     inside = {"within": heads, "group": "general linear"}
     qk, vo = (stored.unit(f"{at}{name}", part.head_dim, **inside) for name in ("qk", "vo"))
-    rows = [[(heads, qk)], [(heads, qk)], [(heads, vo)]]
+    rows: list[Dim] = [[(heads, qk)], [(heads, qk)], [(heads, vo)]]
     columns = [x.dims[-1] for x in (q, k, v)]
     roles = ["w", "r", "w"]  # keys take the inverse of what queries take
     if f"{at}in_proj_weight" in stored.pieces:
         raise ValueError("no rule for a MultiheadAttention that is called twice")
-    fresh = [[(stored.unit(f"{at}in.{n}", part.embed_dim),)] for n in range(3)]
-    for column, new in zip(columns, fresh):
-        join(new, column)
-    limit(columns)
-    both = [[row, column] for row, column in zip(rows, fresh)]
+    both = [[row, column] for row, column in zip(rows, columns)]
     stored.cut(f"{at}in_proj_weight", both, [[role, "r"] for role in roles])
     if f"{at}in_proj_bias" in stored.tensors:
         stored.cut(f"{at}in_proj_bias", [[row] for row in rows], [[role] for role in roles])
     mixed = q.take([*q.dims[:-1], [(heads, vo)]])
     bias = f"{at}out_proj.bias"
     weight = stored.get(f"{at}out_proj.weight")
-    assert weight.piece is not None
-    weight.piece.dims[1] = mixed.dims[-1]  # its columns are these units from the start
     return rules.linear(mixed, weight, stored.get(bias) if bias in stored.tensors else None)
 
 

@@ -63,17 +63,15 @@ def binary(name: str, one: Any, other: Any, shape: Sequence[int]) -> Layout:
 def linear(x: Layout, weight: Layout, bias: Layout | None) -> Layout:
     """x W^T + b; W (out, in) reads the last axis of x."""
     assert weight.piece is not None
-    join(weight.dims[1], x.dims[-1])
+    weight.piece.hold(1, x.dims[-1], "r")
     weight.piece.role(0, "w")
-    weight.piece.role(1, "r")
     return x.take([*x.dims[:-1], _biased(weight.dims[0], bias)], (*x.shape[:-1], weight.shape[0]))
 
 
 def _biased(dim: Dim, bias: Layout | None) -> Dim:
     if bias is not None:
         assert bias.piece is not None
-        bias.piece.role(0, "w")
-        join(dim, bias.dims[0])
+        bias.piece.hold(0, dim, "w")
     return dim
 
 
@@ -85,10 +83,10 @@ def convolution(
     spatial = len(weight.shape) - 2
     freeze(*weight.dims[2:], *x.dims[len(x.dims) - spatial :])
     channels = x.dims[-spatial - 1]
+    out: Dim
     if groups == 1:
         reads, writes = (0, 1) if back else (1, 0)
-        join(weight.dims[reads], channels)
-        weight.piece.role(reads, "r")
+        weight.piece.hold(reads, channels, "r")
         weight.piece.role(writes, "w")
         out = weight.dims[writes]
     elif back:
@@ -99,16 +97,13 @@ def convolution(
         outer = stored.unit(f"{name}.groups", groups, scales=inputs == 1, signs=inputs == 1)
         within = {"within": outer}
         inner = stored.unit(f"{name}.inputs", inputs, **within), stored.unit(f"{name}.outputs", outputs, **within)
-        join(weight.dims[0], [(outer, inner[1])])
-        join(weight.dims[1], [(inner[0],)] if inputs > 1 else [()])
+        out = [(outer, inner[1])]
         join(channels, [(outer, inner[0])])
-        if outputs > 1:
-            limit([[(outer,)]])
-        weight.piece.dims[0], weight.piece.dims[1] = [(outer, inner[1])], [(inner[0],)]
-        weight.piece.role(0, "e" if inputs == outputs == 1 else "w")
-        weight.piece.role(1, "r")
-        out = weight.piece.dims[0]
-    dims = [*x.dims[: -spatial - 1], _biased(out, bias), *([(count,)] for count in shape[-spatial:])]
+        if inputs > 1 or outputs > 1:
+            limit([channels, out])  # scales within groups are left alone
+        weight.piece.hold(0, out, "e" if inputs == outputs == 1 else "w")
+        weight.piece.hold(1, [(inner[0],)], "r")
+    dims = [*x.dims[: -spatial - 1], _biased(out, bias), *length_dims(shape[-spatial:])]
     return Layout(tuple(shape), dims)
 
 
@@ -130,9 +125,13 @@ def normalised(
         if tensor is not None:
             assert tensor.piece is not None
             for number, place in enumerate(at):
-                tensor.piece.role(number, role)
-                join(x.dims[place], tensor.dims[number])
+                tensor.piece.hold(number, x.dims[place], role)
     return x.take(x.dims)
+
+
+def length_dims(shape: Sequence[int]) -> list[Dim]:
+    """Axes on which nothing moves."""
+    return [[(count,)] for count in shape]
 
 
 def spatial(x: Layout, shape: Sequence[int], axes: int, positive: bool) -> Layout:
@@ -140,7 +139,7 @@ def spatial(x: Layout, shape: Sequence[int], axes: int, positive: bool) -> Layou
     freeze(*x.dims[len(x.dims) - axes :])
     if positive:
         limit(x.dims, scales=True, signs=False)
-    return Layout(tuple(shape), [*x.dims[:-axes], *([(count,)] for count in shape[-axes:])])
+    return Layout(tuple(shape), [*x.dims[:-axes], *length_dims(shape[-axes:])])
 
 
 def reduced(name: str, x: Layout, axes: Sequence[int], keep: bool, shape: Sequence[int]) -> Layout:
@@ -203,9 +202,7 @@ def indexed(x: Layout, index: Any, shape: Sequence[int]) -> Layout:
     """Entries by numbers, slices, None and an ellipsis; by tensors only where nothing moves."""
     given = index if isinstance(index, tuple) else (index,)
     real = sum(one is not None and one is not Ellipsis for one in given)
-    full = [
-        more for one in given for more in ([slice(None)] * (len(x.shape) - real) if one is Ellipsis else [one])
-    ]
+    full = [more for one in given for more in ([slice(None)] * (len(x.shape) - real) if one is Ellipsis else [one])]
     full += [slice(None)] * (len(x.shape) - sum(one is not None for one in full))
     dims: list[Dim] = []
     at = 0
@@ -228,12 +225,12 @@ def indexed(x: Layout, index: Any, shape: Sequence[int]) -> Layout:
 def product(one: Layout, other: Layout, shape: Sequence[int]) -> Layout:
     """A matrix product of two computed tensors: what is summed over is the same in both."""
     limit([*one.dims, *other.dims])
-    join(one.dims[-1], other.dims[-2])
-    dims: list[Dim] = [one.dims[-2], other.dims[-1]]
-    for number in range(-3, -len(shape) - 1, -1):
+    lead: list[Dim] = []
+    for number in range(-len(shape), -2):
         both = [x.dims[number] for x in (one, other) if -number <= len(x.shape) and x.shape[number] > 1]
-        dims.insert(0, join(*both) if len(both) == 2 else both[0] if both else [(shape[number],)])
-    return Layout(tuple(shape), dims)
+        lead.append(join(*both) if len(both) == 2 else both[0] if both else [(shape[number],)])
+    join(one.dims[-1], other.dims[-2])
+    return Layout(tuple(shape), [*lead, one.dims[-2], other.dims[-1]])
 
 
 def reshaped(x: Layout, shape: Sequence[int]) -> Layout:
@@ -254,8 +251,8 @@ def expanded(x: Layout, shape: Sequence[int]) -> Layout:
 def attended(query: Layout, key: Layout, value: Layout, shape: Sequence[int]) -> Layout:
     """Scaled dot product attention over the last two axes; heads before them go together."""
     limit([*query.dims, *key.dims, *value.dims])
-    join(query.dims[-1], key.dims[-1])
     freeze(key.dims[-2], value.dims[-2])
-    for number in range(-3, -len(shape) - 1, -1):
+    for number in range(-len(shape), -2):
         join(join(query.dims[number], key.dims[number]), value.dims[number])
+    join(query.dims[-1], key.dims[-1])
     return query.take([*query.dims[:-1], value.dims[-1]], shape)

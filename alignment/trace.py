@@ -24,12 +24,14 @@ from alignment.verify import verify
 
 __all__ = ["outputs_of", "trace"]
 
+ALIKE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "subtract": "sub", "multiply": "mul"}
+ALIKE |= {"divide": "div", "moveaxis": "movedim"}
 PASSED = ("num_batches_tracked",)
 POOLS = {"max_pool": True, "avg_pool": False, "interpolate": False, "pad": False}
 
 
 def trace(module: nn.Module, example: Any) -> Spaces:
-    """The spaces of a module, each with the largest group that its operations are known to pass.
+    """The spaces of a module, each with the group that its operations are known to pass.
 
     `example` is an input: a tensor, a tuple of positional arguments or a mapping of keyword arguments; two samples are
     better than one, since an axis of length 1 tells nothing. It is run in float64 and evaluation mode. Raises
@@ -39,11 +41,11 @@ def trace(module: nn.Module, example: Any) -> Spaces:
     own = copy.deepcopy(module).cpu().double().eval()
     args, kwargs = _arguments(example)
     try:
-        graph = _Tracer().trace(own)
+        graph = fx.Tracer().trace(own)
     except (TypeError, ValueError, RuntimeError, AttributeError, fx.proxy.TraceError) as error:  # a user's own code
         raise ValueError(
-            f"torch.fx cannot follow {type(module).__name__}: {str(error).splitlines()[0]}. Its forward must not branch "
-            "on what it computes; a family file (alignment/families) says the same by hand"
+            f"torch.fx cannot follow {type(module).__name__}: {str(error).splitlines()[0]}. Its forward must not "
+            "branch on what it computes; a family file (alignment/families) says the same by hand"
         ) from error
     stored = Stored(dict(_state(own)))
     placeholders = [node.target for node in graph.nodes if node.op == "placeholder"]
@@ -61,7 +63,7 @@ def outputs_of(module: nn.Module, example: Any) -> Callable[[Mapping[str, Tensor
 
     def outputs(tensors: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            made = torch.func.functional_call(module, dict(tensors), args, kwargs)
+            made = torch.func.functional_call(module, dict(tensors), args, kwargs, tie_weights=False)
         leaves = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
         return torch.cat([leaf.flatten().double() for leaf in leaves])
 
@@ -82,31 +84,24 @@ def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
     """All that a state dict holds, tied tensors under each of their names."""
     kept = set(module.state_dict())
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return [(name, tensor.detach() if name not in kept else tensor) for name, tensor in named if name in kept]
+    return [(name, tensor) for name, tensor in named if name in kept]
 
 
 def _disturbed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Other tensors of the same shapes: gains that are all one, and zeros, would hide a wrong map."""
-    generator, made = torch.Generator().manual_seed(0), {}
+    generator = torch.Generator().manual_seed(0)
+    first: dict[int, str] = {}
+    made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            made[name] = tensor
-            continue
-        if id(tensor) in made:
-            made[name] = made[str(id(tensor))]
+        origin = first.setdefault(id(tensor), name)  # tied tensors stay tied
+        if origin != name or not tensor.is_floating_point():
+            made[name] = made.get(origin, tensor)
             continue
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        spread = float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
+        spread = float(tensor.detach().square().mean().sqrt()) if tensor.numel() else 0.0
         moved = tensor.detach() + 0.2 * (spread + 0.1) * noise
         made[name] = moved.abs() + 0.1 if name.endswith("running_var") else moved
-    first: dict[int, str] = {}
-    for name, tensor in tensors.items():  # tied tensors stay tied
-        made[name] = made[first.setdefault(id(tensor), name)]
     return made
-
-
-class _Tracer(fx.Tracer):
-    """Follows what people write; modules of torch.nn are single steps."""
 
 
 class _Run(fx.Interpreter):
@@ -114,6 +109,7 @@ class _Run(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, stored: Stored) -> None:
         super().__init__(graph)
+        self.extra_traceback = False
         self.stored = stored
         self.layouts: dict[fx.Node, Any] = {}
 
@@ -123,7 +119,8 @@ class _Run(fx.Interpreter):
         return out
 
     def _layout(self, node: fx.Node, out: Any) -> Any:
-        args, kwargs = (fx.node.map_arg(given, lambda one: self.layouts[one]) for given in (node.args, node.kwargs))
+        args: Any = fx.node.map_arg(node.args, lambda one: self.layouts[one])
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda one: self.layouts[one])
         if node.op == "placeholder":
             return pytree.tree_map(lambda leaf: still(leaf.shape) if isinstance(leaf, Tensor) else leaf, out)
         if node.op == "output":
@@ -166,12 +163,12 @@ class _Run(fx.Interpreter):
             return found
         if word in rules.SHAPES:
             return rules.reshaped(x, shape)
-        if word in ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t"):
+        if word in ("permute", "transpose", "swapaxes", "swapdims", "movedim", "t"):
             order = args[1:] or list(kwargs.values())
-            return rules.moved(word.replace("moveaxis", "movedim"), x, order, shape)
+            return rules.moved(word, x, order, shape)
         if word in ("getattr", "T", "mT"):
             return rules.moved(args[1] if word == "getattr" else word, x, (), shape)
-        if word in ("expand", "expand_as", "broadcast_to", "repeat") and word != "repeat":
+        if word in ("expand", "expand_as", "broadcast_to"):
             return rules.expanded(x, shape)
         if word in ("mean", "sum", "amax", "amin"):
             axes = args[1] if len(args) > 1 else kwargs.get("dim", list(range(len(x.shape))))
@@ -186,7 +183,7 @@ class _Run(fx.Interpreter):
         if word in ("matmul", "bmm") and all(one.piece is None for one in given):
             return rules.product(args[0], args[1], shape)
         if word == "scaled_dot_product_attention":
-            return rules.attended(*given[:3], shape)
+            return rules.attended(given[0], given[1], given[2], shape)
         if word == "linear":
             return rules.linear(x, args[1], args[2] if len(args) > 2 else kwargs.get("bias"))
         if word in ("layer_norm", "rms_norm"):
@@ -207,8 +204,6 @@ def _moving(before: tuple[int, ...], after: tuple[int, ...]) -> int:
 
 def _word(node: fx.Node) -> str:
     target = node.target
-    name = target if isinstance(target, str) else str(vars(target).get("__name__", "") or target.__name__)
+    name = target if isinstance(target, str) else target.__name__
     plain = name.strip("_") if name.startswith("__") else name.rstrip("_")
-    return {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "subtract": "sub"}.get(
-        plain, {"multiply": "mul", "divide": "div", "add_": "add"}.get(plain, plain)
-    )
+    return ALIKE.get(plain, plain)

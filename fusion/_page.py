@@ -172,14 +172,31 @@ def _against(report: Report, colours: Mapping[str, str]) -> str:
     )
 
 
+CURVES = (
+    ("lm_loss", "Language-model loss", "nats a token"),
+    ("target_loss", "Target loss", "nats a token"),
+    ("loss", "Loss", "the algorithm's own"),
+    ("reward", "Reward", "mean of completions"),
+    ("rewards/margins", "Reward margin", "chosen less rejected"),
+    ("rewards/accuracies", "Pairs in the right order", "share"),
+    ("kl", "KL from the reference", "nats"),
+    ("online_update_kept", "Update kept by online merging", "share of entries"),
+    ("online_sign_conflicts", "Update against task vector", "share of entries with opposite signs"),
+    ("online_drift", "Distance from the reference", "of all weights"),
+)
+
+
 def _learning(report: Report, colours: Mapping[str, str]) -> str:
     """Curves of all training steps on the same text, on one axis; the target loss beside them."""
     drawn = ""
     taught = {one.data for one in report.training if one.verb == "distill"}  # their texts come first
     for data in sorted(dict.fromkeys(one.data for one in report.training), key=lambda data: data not in taught):
-        for key, title in (("lm_loss", "Language-model loss"), ("target_loss", "Target loss")):
+        for key, title, unit in CURVES:
             lines: list[draw.Line] = []
             for one in (one for one in report.training if one.data == data):
+                language = one.settings.get("algorithm", "clm") in ("clm", "sft")
+                if key in ("lm_loss", "loss") and (key == "lm_loss") is not language:
+                    continue
                 found = "loss" if key == "lm_loss" and key not in one.curve else key
                 pairs = zip(one.curve.get("step", []), one.curve.get(found, []), strict=False)
                 points = [(x, y) for x, y in pairs if x is not None and y is not None]
@@ -187,7 +204,7 @@ def _learning(report: Report, colours: Mapping[str, str]) -> str:
                     colour = colours.get(one.name, "other")
                     lines.append(draw.Line(one.name, colour, points, dashed=colour in [line.colour for line in lines]))
             if lines:
-                drawn += draw.curves(f"{title} on {data}", lines, "nats a token, by training step")
+                drawn += draw.curves(f"{title} on {data}", lines, f"{unit}, by training step")
     lead = "Faint: what was logged. Full: its centred mean. The number is the last one of that mean."
     return section("Training", lead, f'<div class="grid">{drawn}</div>') if drawn else ""
 

@@ -12,6 +12,8 @@ from fusion.recipe import Step
 CURVE_POINTS = 500  # a longer log is averaged over equal bins, so that a page of a 100,000-step run stays small
 CURVE_FIELDS = ["loss", "lm_loss", "target_loss", "target_share", "learning_rate", "grad_norm"]
 CURVE_FIELDS += ["tokens_per_second", "seconds_per_step"]
+CURVE_FIELDS += ["reward", "rewards/margins", "rewards/accuracies", "kl"]  # of preferences and rewards
+CURVE_FIELDS += ["online_update_kept", "online_sign_conflicts", "online_drift"]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Rows of preference data: a `data:` entry with `column: "*"`, as TRL's trainers take them."""
 
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,11 +59,14 @@ def shared(job: "Job", name: str, algorithm: str) -> Any:
     import datasets
 
     folder = job.directory / "rows"
-    if job.rank == 0 and not (folder / "state.json").exists():
+    if job.rank == 0 and not folder.exists():
         found = rows(job.data(name), job.recipe.base)
         check_columns(algorithm, found.column_names, job.data(name).place)
-        found.save_to_disk(str(folder))  # state.json comes last
-    job.wait((folder / "state.json").exists, "rank 0 to write the rows")
+        begun = folder.with_name("rows.new")
+        shutil.rmtree(begun, ignore_errors=True)  # a killed run's
+        found.save_to_disk(str(begun))
+        os.rename(begun, folder)
+    job.wait(folder.exists, "rank 0 to write the rows")
     datasets.disable_progress_bars()
     return datasets.load_from_disk(str(folder))
 

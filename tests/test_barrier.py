@@ -14,7 +14,7 @@ from fusion.metrics.bits_per_byte import bits_per_byte
 from fusion.plan import plan
 from tests.test_align_step import make, scramble
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "align_planted.yaml"
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "align_apart.yaml"
 TEXTS = [Document.of("The quick brown fox jumps over the lazy dog."), Document.of("There they are, others follow.")]
 
 

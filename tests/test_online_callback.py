@@ -136,6 +136,17 @@ def test_outside_a_window_any_number_of_ranks_may_go_on(models, tmp_path):
     assert all(torch.equal(straight[n], p) for n, p in second.model.named_parameters())
 
 
+def test_it_holds_two_bytes_of_task_vector_and_a_window_of_weights(models, tmp_path):
+    how = OnlineMergeCallback(models / "base", method="ties", alpha=0.1, density=0.5, every=4)
+    after = tuned(models / "start", tmp_path, how, max_steps=6)
+    size = sum(weight.numel() for weight in after.values())
+    assert sum(v.numel() * v.element_size() for v in how.handle.vectors.values()) == 2 * size
+    assert sum(t.numel() * t.element_size() for one in how.handle.snapshots.values() for t in one) == 4 * size
+    how = OnlineMergeCallback(models / "base", method="ties", alpha=0.1, density=0.5)
+    tuned(models / "start", tmp_path, how, max_steps=1)
+    assert how.handle.snapshots == {}
+
+
 class Weights(TrainerCallback):
     """The weights after every step."""
 

@@ -176,15 +176,24 @@ def substituted(file: Path, folder: Path, stand_ins: StandIns) -> Path:
     tree["models"] = stand_ins.of(file.stem, tree["models"])
     chat = any(entry.get("column") == "messages" for entry in tree.get("data", {}).values())
     rows = [
-        {"messages": [{"role": "user", "content": text[:60]}, {"role": "assistant", "content": text[60:]}]}
+        {"messages": [{"role": "user", "content": text[:60]}, {"role": "assistant", "content": text[60:180]}]}
         if chat
         else {"text": text}
         for text in stand_ins.sentences
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for name, entry in tree.get("data", {}).items():
-        split = "train[40:]" if name == "held_out" else "train[:40]"
-        tree["data"][name] = {"path": "rows.jsonl", "format": "json", "split": split, "column": entry["column"]}
+    pairs = [
+        {
+            column: [{"role": "user", "content": text[:40]}, {"role": "assistant", "content": text[a:b]}]
+            for column, a, b in (("chosen", 40, 60), ("rejected", 60, 80))
+        }
+        for text in stand_ins.sentences
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    for number, (name, entry) in enumerate(tree.get("data", {}).items()):
+        split = "train[40:]" if name == "held_out" else f"train[{8 * (number % 2)}:40]"
+        path = "pairs.jsonl" if entry["column"] == "*" else "rows.jsonl"
+        tree["data"][name] = {"path": path, "format": "json", "split": split, "column": entry["column"]}
     for step in tree["steps"]:
         for fields in step.values():
             fields.update({"max_length": 256} if "max_length" in fields else {})
@@ -294,6 +303,12 @@ def unlearned(t: Tensors, name: str) -> Tensor:
     return (d * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
+def sparse_and_whole(t: Tensors, name: str) -> Tensor:
+    d = torch.stack([trimmed(t["sft"] - t["base"], 0.1), t["dpo"] - t["base"]])
+    agree = elected(d)
+    return t["base"] + (d * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
 SFT = ["code_sft", "safety_sft", "rag_sft", "math_sft", "multilingual_sft", "long_context_sft"]
 FUSED = ["with_starling", "with_solar", "with_internlm", "with_mixtral", "with_qwen"]
 FORMULAS: dict[str, dict[str, Callable[[Tensors, str], Tensor]]] = {
@@ -323,6 +338,16 @@ FORMULAS: dict[str, dict[str, Callable[[Tensors, str], Tensor]]] = {
     "long_to_short": {
         "average": partial(mean, of=["quick", "slow"]),
         "ties": lambda t, _: ties(t, "quick", ["slow"], 0.2),
+    },
+    "branch_and_merge": {
+        "round_1": partial(mean, of=["branch_1", "branch_2"]),
+        "round_2": partial(mean, of=["branch_3", "branch_4"]),
+    },
+    "disperse_then_merge": {"merged": partial(mean, of=["one", "two"])},
+    "paft": {"paft": sparse_and_whole},
+    "rewarded_soups": {
+        "even": partial(mean, of=["helpful", "harmless"]),
+        "leaning": lambda t, _: 0.75 * t["helpful"] + 0.25 * t["harmless"],
     },
     "openthaigpt": {"thai": partial(mean, of=["general", "bilingual", "exams"])},
     "personalized_soups": {"personal": partial(mean, of=["elementary", "concise", "friendly"])},
@@ -384,6 +409,10 @@ def test_papers_run_on_stand_ins(ran):
         if step.verb == "distill":
             log = [json.loads(line) for line in (made / step.out / "log.jsonl").read_text().splitlines()]
             assert log[-1]["step"] == 3 and log[-1]["target_share"] > 0.1
+            everything[step.out] = tensors_of(made / step.out)
+        if step.verb == "tune":
+            log = [json.loads(line) for line in (made / step.out / "log.jsonl").read_text().splitlines()]
+            assert log[-1]["step"] == 3 and ("online_drift" in log[-1]) is ("online_merge" in step.fields)
             everything[step.out] = tensors_of(made / step.out)
         if step.verb == "evaluate":
             metrics = json.loads((made / step.out / "metrics.json").read_text())["models"]

@@ -126,6 +126,13 @@ def test_merging_changes_the_weights_and_says_what_it_did(ran):
     assert log(ran / "merged")[-1]["online_drift"] == pytest.approx(float(drift), rel=1e-4)
 
 
+def test_the_report_draws_rewards_and_what_merging_did(ran):
+    page = (ran / "report.html").read_text()
+    wanted = ("Reward margin on pairs", "Reward on pairs", "Update kept by online merging on pairs", "Loss on labels")
+    assert [title for title in wanted if title not in page] == []
+    assert "Language-model loss on text" in page and "Language-model loss on pairs" not in page
+
+
 def test_nothing_to_merge_is_plain_dpo_bit_by_bit(ran):
     plain, idle = weights(ran / "dpo"), weights(ran / "nothing")
     assert all(torch.equal(plain[n], idle[n]) for n in plain)
@@ -234,6 +241,13 @@ def test_train_fields_are_those_of_trls_configuration(tmp_path, capsys):
     file = write(tmp_path, tune("t", train={"betta": 0.1}))
     assert run.main([str(file), "--out", str(tmp_path / "runs")]) == 1
     assert "there is no train field 'betta'; did you mean 'beta'" in capsys.readouterr().err
+
+
+def test_bfloat16_is_refused_where_the_cpu_has_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    file = write(tmp_path, tune("t"))
+    assert run.main([str(file), "--out", str(tmp_path / "runs"), "--use_cpu", "true", "--bf16", "true"]) == 1
+    assert "no instructions for bfloat16" in capsys.readouterr().err
 
 
 def test_rows_that_would_be_cropped_are_refused(tmp_path, capsys):

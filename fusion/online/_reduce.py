@@ -21,11 +21,18 @@ def several() -> bool:
 
 def added_up(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sums over all ranks; the values themselves in a process alone."""
-    out = {name: value.clone() for name, value in values.items()}
-    if several():
-        for value in out.values():
-            dist.all_reduce(value)
-    return out
+    if not several():
+        return dict(values)
+    return {name: _over_all(value.clone(), dist.ReduceOp.SUM) for name, value in values.items()}
+
+
+def _over_all(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    """The value over all ranks, on its own device: NCCL, for one, takes no tensors of the CPU."""
+    carried = value
+    if value.device.type == "cpu" and "cpu:" not in dist.get_backend_config():
+        carried = value.to(torch.accelerator.current_accelerator() or "cpu")
+    dist.all_reduce(carried, op=operation)
+    return carried.to(value.device)
 
 
 def over_ranks(
@@ -46,8 +53,9 @@ def over_ranks(
                 ]
                 if not here:
                     continue
-                flat = torch.cat([_wide(full[name][s].value).flatten() for name, s in here])
-                dist.all_reduce(flat, op=operation)
+                device = full[here[0][0]][here[0][1]].value.device
+                flat = torch.cat([_wide(full[name][s].value).flatten().to(device) for name, s in here])
+                flat = _over_all(flat, operation)
                 sizes = [full[name][s].value.numel() for name, s in here]
                 for (name, s), part in zip(here, flat.split(sizes), strict=True):
                     shape = full[name][s].value.shape

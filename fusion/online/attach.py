@@ -12,7 +12,7 @@ from fusion._method import Region
 from fusion._params import layer_count, layer_index
 from fusion._say import nearest
 from fusion.merge._draw import Draw
-from fusion.merge._x import Running
+from fusion.merge._x import Outputs, Running, Sum
 from fusion.online._reduce import added_up, over_ranks
 from fusion.online.layouts import Piece, layout
 from fusion.online.settings import OnlineMerge, Readable
@@ -135,20 +135,18 @@ class Handle:
     def _merge(self, due: list[tuple[str, tuple[Piece, ...], list[Tensor]]]) -> None:
         """old + merge([update, task vector]) in place of old + update, for all that one call stepped on."""
         number = self.steps[due[0][0]] // self.merge.every
-        work = [
-            (piece, old, piece.flat - old) for _, pieces, olds in due for piece, old in zip(pieces, olds, strict=True)
-        ]
+        work = [(piece, old) for _, pieces, olds in due for piece, old in zip(pieces, olds, strict=True)]
         split = list(dict.fromkeys(name for key, _, _ in due for name in self.layout.split.get(key, ())))
-        stats: dict[str, Mapping[str, Tensor]] = {piece.name: {} for piece, _, _ in work}
+        stats: dict[str, Mapping[str, Tensor]] = {piece.name: {} for piece, _ in work}
         stats |= {name: {} for name in split}
         needed = {name: self.method.needed(self._concrete(name)) for name in stats}
         for index in range(max(needed.values(), default=0)):
             readings = {}
-            for piece, _, update in work:
+            for piece, old in work:
                 if index >= needed[piece.name]:
                     continue
                 running = Running()
-                for i, region in enumerate(self._regions(piece, update, stats[piece.name], number)):
+                for i, region in enumerate(self._regions(piece, old, stats[piece.name], number)):
                     running.add(i, self.method.call_pass(index, region, self._concrete(piece.name)))
                 readings[piece.name] = running.readings()
             shared = [name for name in split if index < needed[name]]
@@ -160,14 +158,15 @@ class Handle:
         if self.watch:
             self.measured, self.watch = _Measured(number, self.layout.copies), False
         measured = self.measured if self.measured.number == number else None
-        for piece, old, update in work:
+        for piece, old in work:
             place = 0
-            for region in self._regions(piece, update, stats[piece.name], number):
-                merged = self.method.call(region, self._concrete(piece.name)).tensor
+            for region in self._regions(piece, old, stats[piece.name], number):
+                outputs = self.method.call(region, self._concrete(piece.name))
+                merged = outputs.tensor
                 here = slice(place, place + len(merged))
                 torch.add(old[here], merged, out=piece.flat[here])
                 if measured is not None:
-                    measured.add(region, merged)
+                    measured.add(region, outputs)
                 place += len(merged)
         if measured is not None:
             self.readings = measured.readings()
@@ -176,22 +175,27 @@ class Handle:
         """Readings of tensors that several ranks hold parts of, added up over the ranks."""
 
         def nothing(name: str) -> Any:
-            one = torch.zeros(2, 1)
-            region = Region(one, one[0], self._weights(), name, (2,), stats=stats[name], seed=self.merge.seed)
+            one = torch.zeros(2, 1, device=self.layout.device)
+            region = Region(one, one[0], self._weights(one.device), name, (2,), stats=stats[name], seed=self.merge.seed)
             return self.method.call_pass(index, region, self._concrete(name))
 
         return over_ranks(own, names, nothing)
 
-    def _regions(self, piece: Piece, update: Tensor, stats: Mapping[str, Tensor], step: int) -> Iterator[Region]:
-        vector = self.vectors[piece.name]
+    def _regions(self, piece: Piece, old: Tensor, stats: Mapping[str, Tensor], step: int) -> Iterator[Region]:
+        """[update, task vector], chunk by chunk; one chunk's memory serves the next."""
+        vector, weights = self.vectors[piece.name], self._weights(piece.flat.device)
         index = layer_index(piece.name)
-        for first in range(0, len(update), CHUNK):
+        room = torch.empty(3 * min(CHUNK, len(old)), device=piece.flat.device)
+        for first in range(0, len(old), CHUNK):
             here = slice(first, first + CHUNK)
-            both = torch.stack([update[here].float(), vector[here].float()])
+            count = len(old[here])
+            both, base = room[: 2 * count].view(2, count), room[2 * count : 3 * count].zero_()
+            torch.sub(piece.flat[here], old[here], out=both[0])
+            both[1].copy_(vector[here])
             yield Region(
                 both,
-                torch.zeros_like(both[0]),
-                self._weights(both.device),
+                base,
+                weights,
                 piece.name,
                 piece.shape,
                 layer=None if index is None else (index, self.layers),
@@ -218,28 +222,33 @@ class _Measured:
 
     def __init__(self, number: int, copies: int) -> None:
         self.number, self.copies = number, copies  # of which merge; ranks that each hold all weights
-        self.kept = self.conflicts = self.entries = 0
+        self.kept = self.moved = self.conflicts = self.entries = 0
         self.squares = torch.zeros(3, dtype=torch.float64)
 
-    def add(self, region: Region, merged: Tensor) -> None:
+    def add(self, region: Region, outputs: Outputs) -> None:
         both: Tensor = region.tensors  # type: ignore[assignment]  # element methods get them stacked
         update, vector = both
         self.entries += update.numel()
-        self.kept += int(((merged != 0) & (update != 0)).sum())
+        self.moved += int(update.count_nonzero())
+        kept = outputs.extras.get("kept")
+        if isinstance(kept, Sum):  # of each of the two: the task vector fills entries that the update has lost
+            self.kept += int(kept.value[0])
+        else:
+            self.kept += int(((outputs.tensor != 0) & (update != 0)).sum())
         self.conflicts += int((update * vector < 0).sum())
-        self.squares += torch.stack([x.double().square().sum() for x in (update, vector, merged)]).cpu()
+        self.squares += torch.stack([x.double().square().sum() for x in (update, vector, outputs.tensor)]).cpu()
 
     def readings(self) -> dict[str, float]:
         found = added_up(
             {
-                "counts": torch.tensor([self.kept, self.conflicts, self.entries], dtype=torch.float64),
+                "counts": torch.tensor([self.kept, self.moved, self.conflicts, self.entries], dtype=torch.float64),
                 "squares": self.squares,
             }
         )
-        kept, conflicts, entries = found["counts"].tolist()
+        kept, moved, conflicts, entries = found["counts"].tolist()
         update, vector, merged = (found["squares"] / self.copies).sqrt().tolist()
         return {
-            "update_kept": kept / max(entries, 1),
+            "update_kept": kept / max(moved, 1),
             "sign_conflicts": conflicts / max(entries, 1),
             "update_norm": update,
             "task_vector_norm": vector,

@@ -48,6 +48,11 @@ class Layout:
         return self.held[id(tensor)]
 
     @property
+    def device(self) -> torch.device:
+        """Where this rank's pieces are."""
+        return next((piece.flat.device for piece in self.pieces), torch.device("cpu"))
+
+    @property
     def copies(self) -> int:
         """How many ranks hold the same elements: all of them where nothing is sharded."""
         spread = self.kind != "plain" or not (dist.is_available() and dist.is_initialized())

@@ -82,8 +82,8 @@ def checked_region(source: Source, what: str, piece: Piece, stop: int) -> Tensor
 def refuse_ties(source: Source, what: str, names: Iterable[str], tied: Mapping[str, str]) -> None:
     """ValueError when the model ties two tensors that this checkpoint holds apart, or the other way round.
 
-    A tied tensor has one name in the model, and a task vector of that name: the other one's would be lost. tied: name ->
-    the name it is tied to.
+    A tied tensor has one name in the model, and a task vector of that name: the other one's would be lost. tied: from
+    a name to the one it is tied to.
     """
     here = set(names)
     for name, source_name in tied.items():

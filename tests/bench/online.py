@@ -77,7 +77,7 @@ def main() -> None:
     for number in range(given.rounds):
         for place in range(len(arms)):
             arms[(number + place) % len(arms)].step(ids)
-    print("| optimizer | CPU s a step | of it optimizer.step | CPU time / bare (median) | range | clock / bare | at most |")
+    print("| optimizer | CPU s a step | of it its step | CPU time / bare (median) | range | clock / bare | at most |")
     print("|---|---|---|---|---|---|---|")
     slow = False
     for arm in arms:
