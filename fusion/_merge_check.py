@@ -82,7 +82,7 @@ def check(view: View) -> None:
     if alone:
         return
     names = [*said.models, *([fields["base"]] if fields.get("base") else [])]
-    opened = {name: _here(view, name) for name in dict.fromkeys(names)}
+    opened = {name: headers_here(view, name) for name in dict.fromkeys(names)}
     here = {name: source for name, source in opened.items() if source is not None}
     if len(here) < len(opened):
         return
@@ -98,7 +98,7 @@ def check(view: View) -> None:
         raise ValueError(f"{place}: {error}") from None
 
 
-def _here(view: View, name: str) -> Source | None:
+def headers_here(view: View, name: str) -> Source | None:
     """The model's headers, when nothing has to be downloaded, converted or made for them."""
     if name in view.outputs:
         planned = view.outputs[name]

@@ -104,3 +104,24 @@ def _online_merge(view: View, given: Mapping[str, Any]) -> None:
         Extras(**{name: given[name] for name in extra if name in given})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{place}: {error}") from None
+    _shapes(view, given["base"], reference, place)
+
+
+def _shapes(view: View, base: str, reference: str, place: str) -> None:
+    """The two have tensors of the same shapes, where both are on this machine."""
+    from fusion._merge_check import headers_here
+
+    one, other = headers_here(view, base), headers_here(view, reference)
+    if one is None or other is None:
+        return
+    common = one.entries.keys() & other.entries.keys()
+    if not common:
+        raise ValueError(
+            f"{place}: '{base}' and '{reference}' have no tensor in common; they are different architectures"
+        )
+    for name in sorted(common):
+        if one.entries[name].shape != other.entries[name].shape:
+            raise ValueError(
+                f"{place}: '{name}' is {one.entries[name].shape} in '{base}' and {other.entries[name].shape} in "
+                f"'{reference}'; a resized vocabulary needs a base of that size (step retokenize)"
+            )

@@ -228,6 +228,17 @@ def test_what_cannot_be_meant_is_said_while_planning(tmp_path, step, sentence):
     assert sentence in str(caught.value)
 
 
+def test_shapes_of_base_and_reference_are_compared_while_planning(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for name, size in (("small", 40), ("large", 48)):
+        LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=size)).save_pretrained(tmp_path / name)
+    models = {name: {"path": name} for name in ("small", "large")}
+    merge = MERGE | {"base": "small", "reference": "large"}
+    with pytest.raises(ValueError, match=r"\(40, 32\) in 'small' and \(48, 32\) in 'large'; a resized vocabulary"):
+        plan(recipe.load(write(tmp_path, tune("t", online_merge=merge), models=models)), tmp_path / "runs")
+
+
 def test_rows_are_not_texts_and_texts_have_no_rows(tmp_path):
     loaded = recipe.load(write(tmp_path, tune("t")))
     with pytest.raises(ValueError, match="rows of preferences"):

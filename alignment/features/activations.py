@@ -1,0 +1,211 @@
+"""A unit is what it does on data: streamed moments of two networks' activations on the same samples.
+
+Activation matching as in Li et al. 2016 (arXiv:1511.07543) and Ainsworth et al. 2022 (arXiv:2209.04836), at what reads
+a space, so after its non-linearity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignment.spaces import Spaces
+
+__all__ = ["Moments", "Pair", "activations", "collect", "taps"]
+
+DEAD = 1e-6  # of the largest standard deviation: a unit that varies less tells nothing
+
+
+@dataclass
+class Moments:
+    """Sums over samples of two sets of units, shifted by the first samples' means; memory does not grow with them."""
+
+    count: int = 0
+    shift: tuple[Tensor, ...] = ()
+    sums: list[Tensor] = field(default_factory=list)  # (n,) and (m,) float64
+    squares: list[Tensor] = field(default_factory=list)
+    cross: Tensor = field(default_factory=lambda: torch.zeros(0))  # (n, m) float64
+
+    def update(self, target: Tensor, donor: Tensor) -> None:  # (samples, n), (samples, m)
+        """More samples, row by row the same ones; ValueError where they are not as many, or not finite."""
+        if len(target) != len(donor):
+            raise ValueError(f"target has {len(target)} samples and donor {len(donor)}: they must be the same ones")
+        if not len(target):
+            return
+        both = [x.detach().float() if x.dtype != torch.float64 else x.detach() for x in (target, donor)]
+        if not self.count:
+            self.shift = tuple(x.mean(0) for x in both)
+            self.sums = [torch.zeros(x.shape[1], dtype=torch.float64, device=x.device) for x in both]
+            self.squares = [one.clone() for one in self.sums]
+            shape = (both[0].shape[1], both[1].shape[1])
+            self.cross = torch.zeros(shape, dtype=torch.float64, device=both[0].device)
+        moved = [x - shift for x, shift in zip(both, self.shift)]
+        for number, x in enumerate(moved):
+            if not bool(torch.isfinite(x.sum())):
+                raise ValueError("an activation is not finite")
+            self.sums[number] += x.sum(0, dtype=torch.float64)
+            self.squares[number] += x.square().sum(0, dtype=torch.float64)
+        self.cross += moved[0].mT @ moved[1]
+        self.count += len(target)
+
+    @property
+    def means(self) -> list[Tensor]:
+        """(n,) and (m,) means."""
+        return [shift.double() + total / self.count for shift, total in zip(self.shift, self.sums)]
+
+    @property
+    def variances(self) -> list[Tensor]:
+        """(n,) and (m,) variances, over the number of samples."""
+        found = [square / self.count - (s / self.count).square() for s, square in zip(self.sums, self.squares)]
+        return [one.clamp_min(0) for one in found]
+
+    @property
+    def covariance(self) -> Tensor:
+        """(n, m) covariances."""
+        return self.cross / self.count - torch.outer(*(total / self.count for total in self.sums))
+
+
+def activations(moments: Moments, kind: str = "correlation") -> Tensor:
+    """(n, m) similarities: correlations, 0 for dead units, or `product`s, means of a b^T over both's root mean squares.
+
+    Raises ValueError for fewer than two samples.
+    """
+    if moments.count < 2:
+        raise ValueError(f"correlations need two samples or more; given: {moments.count}")
+    if kind == "correlation":
+        deviations = [variance.sqrt() for variance in moments.variances]
+        table = moments.covariance
+    elif kind == "product":
+        table = moments.covariance + torch.outer(*moments.means)
+        pairs = zip(moments.variances, moments.means)
+        deviations = [(variance + mean.square()).mean().sqrt().expand_as(mean) for variance, mean in pairs]
+    else:
+        raise ValueError(f"kind must be 'correlation' or 'product'; given: '{kind}'")
+    factors = [torch.where(d > DEAD * d.max(), 1 / d.clamp_min(torch.finfo(d.dtype).tiny), 0) for d in deviations]
+    return table * factors[0][:, None] * factors[1]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One batch for both networks: an input of each, and which of its positions correspond (None: all, in order).
+
+    `target_rows`, `donor_rows` number positions as they lie in an activation without its units' axis: padding is left
+    out so, and positions of other tokenizers are paired where their bytes end together.
+    """
+
+    target: Any
+    donor: Any
+    target_rows: Tensor | None = None
+    donor_rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a space can be seen: the input of a module, its axis of units, the stretch of it, what lies inside."""
+
+    module: str
+    start: int
+    size: int
+    inner: int  # numbers for each unit, one after the other (a map flattened)
+
+
+def taps(module: nn.Module, spaces: Spaces) -> dict[str, list[Tap]]:
+    """By space within no other, the inputs of linear layers and convolutions that read it."""
+    found: dict[str, list[Tap]] = {}
+    for part in spaces.parts:
+        name, _, last = part.names[0].rpartition(".")
+        if last != "weight" or not part.axes or not isinstance(module.get_submodule(name), nn.Linear | _Conv):
+            continue
+        reads = [axis for axis in part.axes if axis.space is not None and axis.role == "r"]
+        if len(reads) != 1 or spaces.by_name[reads[0].space or ""].within is not None or len(part.shape) < 2:
+            continue
+        if any(space.within == reads[0].space for space in spaces.spaces) or part.shape[1] % reads[0].size:
+            continue
+        start, length = next(((start, size) for dim, start, size in part.take if dim == 1), (0, part.shape[1]))
+        tap = Tap(name, start, length, length // reads[0].size)
+        found.setdefault(reads[0].space or "", []).append(tap)
+    return found
+
+
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def collect(
+    target: nn.Module,
+    donor: nn.Module,
+    target_spaces: Spaces,
+    donor_spaces: Spaces,
+    batches: Iterable[Any],
+    *,
+    kind: str = "correlation",
+) -> dict[str, Tensor]:
+    """By space the similarities (n, m) that `align(features=...)` takes; the mean over all places where it is read.
+
+    A batch is an input of both networks, or a `Pair`. Both run in evaluation mode, without gradients. Spaces that no
+    linear layer or convolution reads alone are left out. Raises ValueError where there is no data.
+    """
+    found = moments(target, donor, target_spaces, donor_spaces, batches)
+    return {name: torch.stack([activations(one, kind) for one in many]).mean(0) for name, many in found.items() if many}
+
+
+def moments(
+    target: nn.Module, donor: nn.Module, target_spaces: Spaces, donor_spaces: Spaces, batches: Iterable[Any]
+) -> dict[str, list[Moments]]:
+    """By space the moments at each place where both networks read it."""
+    places = taps(target, target_spaces), taps(donor, donor_spaces)
+    found: dict[str, list[Moments]] = {
+        name: [Moments() for _ in zip(places[0][name], places[1][name])] for name in places[0] if name in places[1]
+    }
+    names = [{tap.module for name in found for tap in place[name]} for place in places]
+    for batch in batches:
+        pair = batch if isinstance(batch, Pair) else Pair(batch, batch)
+        seen = [
+            inputs_of(module, given, which)
+            for module, given, which in zip((target, donor), (pair.target, pair.donor), names)
+        ]
+        for name, many in found.items():
+            for one, first, second in zip(many, places[0][name], places[1][name]):
+                x, y = _rows(target, seen[0], first), _rows(donor, seen[1], second)
+                x = x if pair.target_rows is None else x[pair.target_rows.to(x.device)]
+                one.update(x, y if pair.donor_rows is None else y[pair.donor_rows.to(y.device)])
+    if any(one.count == 0 for many in found.values() for one in many):
+        raise ValueError("no samples: the batches are empty")
+    return found
+
+
+def inputs_of(module: nn.Module, given: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """What goes into the modules of these names in one run on an input (a tensor, a tuple or a mapping)."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        module.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: seen.__setitem__(name, (args or tuple(kwargs.values()))[0].detach()),
+            with_kwargs=True,
+        )
+        for name in names
+    ]
+    training = module.training
+    try:
+        with torch.no_grad():
+            module.eval()
+            if isinstance(given, Mapping):
+                module(**given)
+            else:
+                module(*given) if isinstance(given, tuple | list) else module(given)
+    finally:
+        module.train(training)
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _rows(module: nn.Module, seen: Mapping[str, Tensor], tap: Tap) -> Tensor:
+    """(samples, units) of one place."""
+    x = seen[tap.module]
+    if not isinstance(module.get_submodule(tap.module), nn.Linear):
+        x = x.movedim(1, -1)
+    x = x.narrow(-1, tap.start, tap.size)
+    return x.reshape(-1, tap.size // tap.inner, tap.inner).transpose(1, 2).reshape(-1, tap.size // tap.inner)
