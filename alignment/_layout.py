@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -68,9 +69,9 @@ class Stored:
         first: dict[int, str] = {}
         self.origin = {name: first.setdefault(id(tensor), name) for name, tensor in self.tensors.items()}
 
-    def unit(self, name: str, size: int, **fields: object) -> Unit:
+    def unit(self, name: str, size: int, **fields: Any) -> Unit:
         self.count += 1
-        return Unit(name, size, (self.count,), **fields)  # type: ignore[arg-type]
+        return Unit(name, size, (self.count,), **fields)
 
     def get(self, name: str) -> Layout:
         """A stored tensor whose rows write units, and whose other axes hold units of their own."""

@@ -7,7 +7,7 @@ Merging Large Language Models", Hu et al. 2024, arXiv:2410.12613).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,24 +90,22 @@ class Comparison:
     tensors: Mapping[str, Moments]
     left_out: Mapping[str, str]  # tensor -> why it was not compared
 
-    def over(self, wanted: Callable[[str], bool] = lambda name: True) -> Moments:
-        """Of all tensors that are wanted."""
-        chosen = (moments for name, moments in self.tensors.items() if wanted(name))
-        return sum(chosen, Moments.nothing(len(self.models)))
+    def over(self, names: Iterable[str]) -> Moments:
+        """Of these tensors together."""
+        return sum((self.tensors[name] for name in names), Moments.nothing(len(self.models)))
 
     @property
     def layers(self) -> dict[str, Moments]:
         """By layer, the rest (embeddings, head, final norm) by its own name and before them."""
         places = {name: str(where[1]) if (where := split(name)) else kind(name) for name in self.tensors}
         order = sorted(dict.fromkeys(places.values()), key=lambda p: (p.isdigit(), int(p) if p.isdigit() else 0))
-        return {place: self.over(lambda name, place=place: places[name] == place) for place in order}  # type: ignore[misc]
+        return {place: self.over(name for name in places if places[name] == place) for place in order}
 
     @property
     def warnings(self) -> list[str]:
         """Sentences about models that are too far from the base to be its fine-tunes."""
         # Norms and biases of all models look alike: only matrices tell whether two of them are related.
-        large = self.large
-        moments = self.over(lambda name: name in large)
+        moments = self.over(self.large)
         return warnings(self.models, self.base, moments.strangeness, moments.distances)
 
     @property
@@ -212,7 +210,7 @@ def _tables(console: Any, found: Comparison) -> None:
     if k > 1:
         table.add_column("cosine" if k == 2 else "mean\ncosine", justify="right")
         table.add_column("signs\nconflict", justify="right")
-    rows = {**found.layers, "all": found.over()}
+    rows = {**found.layers, "all": found.over(found.tensors)}
     for place, moments in rows.items():
         cells = [_percent(d / moments.base) if moments.base else "-" for d in moments.distances]
         if k > 1:
@@ -235,7 +233,7 @@ def _kinship(console: Any, found: Comparison) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    moments = found.over()
+    moments = found.over(found.tensors)
     console.print("\nKinship of the task vectors: correlation, cosine, distance")
     table = Table("")
     for name in found.models:

@@ -151,7 +151,7 @@ class Family:
         made = [{n: x for n, x in part.extras.items() if not isinstance(x, Tensor)} for part in parts]
         extras: dict[str, Any] = dict(joined(made))
         for name in parts[0].extras.keys() - extras.keys():
-            extras[name] = torch.cat([part.extras[name] for part in parts], -1)  # type: ignore[misc]
+            extras[name] = torch.cat([x for part in parts if isinstance(x := part.extras[name], Tensor)], -1)
         return Outputs(self._whole(method.word, [part.tensor for part in parts]), extras)
 
     def followed(self, word: Method, params: Mapping[str, Any], inputs: Mapping[str, Any], merged: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class Family:
             return merged
         parts = []
         for region in self.regions("row" if word.unit == "row" else "element", {}):
-            part = _flat(merged, region.start, region.start + region.tensors.shape[1])  # type: ignore[union-attr]
+            part = _flat(merged, region.start, region.start + region.stacked.shape[1])
             parts.append(word.call(replace(region, merged=part, inputs=inputs), params).tensor)
         return self._whole(word.word, parts)
 

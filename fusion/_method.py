@@ -18,7 +18,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fusion import words
 from fusion._params import leaves, resolved, varies
@@ -26,7 +26,6 @@ from fusion._say import nearest
 from fusion._types import fit
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from fusion.merge._x import Outputs, Reading
@@ -53,13 +52,18 @@ class Region:
     step: int = 0
     merged: Tensor | None = None  # what a post word follows: its `tensor`
 
+    @property
+    def stacked(self) -> Tensor:
+        """The models' regions, for those that get them all at once: every method but the sequential ones."""
+        return cast("Tensor", self.tensors)
+
     def supply(self, name: str) -> Any:
         """What an argument of that name gets."""
         if name == "draw":
             from fusion.merge._draw import Draw
 
-            like: torch.Tensor = self.tensors  # type: ignore[assignment]  # a sequential method draws nothing
-            return Draw(self.seed, self.name, self.start, like[0].numel(), self.step, like.device)
+            one = self.stacked[0]
+            return Draw(self.seed, self.name, self.start, one.numel(), self.step, one.device)
         return self.merged if name == "tensor" else vars(self)[name]
 
 

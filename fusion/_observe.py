@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,12 +35,12 @@ def observed(tensors: Tensor, base: Tensor | None, out: Tensor, start: int) -> d
     return {"gram": Sum(gram), "sampled": Sum(torch.tensor(found.shape[1])), "conflict": Sum(conflict.cpu())}
 
 
-def reading(found: Mapping[str, Sequence[Any]], numel: int, has_base: bool) -> dict[str, Any]:
+def reading(found: Mapping[str, Any], numel: int, has_base: bool) -> dict[str, Any]:
     """norms, cosines, moved, base_norm and conflict of a tensor, from what was observed of it; nothing of nothing."""
     if "gram" not in found:
         return {"norms": None, "cosines": None, "moved": None, "base_norm": None, "conflict": None}
     gram: list[list[float]] = [list(row) for row in found["gram"]]
-    sampled = float(found["sampled"])  # type: ignore[arg-type]
+    sampled = float(found["sampled"])
     lengths = [math.sqrt(max(gram[i][i], 0.0) * numel / sampled) for i in range(len(gram))]
     k = len(gram) - 2
     products = [[math.sqrt(max(gram[i][i] * gram[j][j], 0.0)) for j in range(k)] for i in range(k)]
@@ -49,5 +49,5 @@ def reading(found: Mapping[str, Sequence[Any]], numel: int, has_base: bool) -> d
         "cosines": [[gram[i][j] / products[i][j] if products[i][j] > 0 else 0.0 for j in range(k)] for i in range(k)],
         "moved": lengths[k] if has_base else None,
         "base_norm": lengths[k + 1],
-        "conflict": float(found["conflict"]) / sampled,  # type: ignore[arg-type]
+        "conflict": float(found["conflict"]) / sampled,
     }

@@ -137,8 +137,7 @@ class Stream:
         with self._space(work, slot):
             region = self.reader.region(work, work.start, work.stop, slot, check=True)
             with self.reader.computing:
-                assert isinstance(region.tensors, Tensor), "one after another they are not all there to be compared"
-                first, *others = [*region.tensors.unbind(), *([] if region.base is None else [region.base])]
+                first, *others = [*region.stacked.unbind(), *([] if region.base is None else [region.base])]
                 work.equal = all(torch.equal(first, other) for other in others)
                 self._judge(work)
                 for index in range(0 if work.equal else method.needed(work.params)):
@@ -177,7 +176,7 @@ class Stream:
         """The method on one region, the words that follow, and the result in its place."""
         recipe, task = self.recipe, work.task
         with self.reader.computing:
-            found = Outputs(region.tensors[0]) if work.equal else recipe.method.call(region, work.params)  # type: ignore
+            found = Outputs(next(iter(region.tensors))) if work.equal else recipe.method.call(region, work.params)
             out = found.tensor.reshape(-1)
             base = None if region.base is None else region.base.reshape(-1)
             for word, given in recipe.post:

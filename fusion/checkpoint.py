@@ -110,7 +110,7 @@ class Checkpoint:
 
     def read(self, name: str, start: int, stop: int, into: Tensor) -> None:
         descriptor, offset = self.places[name]
-        view = memoryview(into.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        view = into.view(torch.uint8).numpy().data
         place = offset + start * into.element_size()
         while view:
             count = os.preadv(descriptor, [view], place)
@@ -222,7 +222,7 @@ class Writer:
     def write(self, name: str, start: int, values: Tensor) -> None:  # (n,) contiguous, in the tensor's dtype
         """Puts elements [start, start + n) of a tensor where they belong."""
         descriptor, offset = self.places[name]
-        view = memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        view = values.view(torch.uint8).numpy().data
         place = offset + start * values.element_size()
         while view:
             count = os.pwrite(descriptor, view, place)

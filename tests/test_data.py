@@ -140,7 +140,7 @@ def test_the_standard_library_is_code() -> None:
     class Entry:
         path, format, place = data.STDLIB, "text", "data.code"
 
-    found = data.files(Entry(), Path("."))  # type: ignore[arg-type]
+    found = data.files(Entry(), Path("."))
     assert len(found) > 200
     assert {"json", "argparse"} <= {p.stem for p in found} | {p.parent.name for p in found}
     assert not any("site-packages" in p.parts for p in found)

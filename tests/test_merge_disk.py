@@ -277,6 +277,17 @@ def test_equal_tensors_are_copied(models, tmp_path):
     ] == "merged"
 
 
+@pytest.mark.parametrize("word", ["opcm", "cabs"])
+def test_equal_models_of_a_sequential_method_meet_post_words(word, models, tmp_path):
+    twins, given = arguments(word, models)
+    same = dict.fromkeys(twins, models / "m1")
+    found = merge_checkpoints(word, same, tmp_path / "out", **given, post=[{"lines": {"alpha": 1.0}}])
+    actions = {entry["name"]: entry["action"] for entry in found.metrics["tensors"]}
+    assert actions["model.layers.2.frozen.weight"] in ("equal", "merged")
+    base = load_file(models / "m0" / "model.safetensors")["model.layers.2.frozen.weight"]
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["model.layers.2.frozen.weight"], base)
+
+
 def test_shards_index_and_provenance(models, tmp_path):
     chosen, given = arguments("linear", models)
     merge_checkpoints("linear", chosen, tmp_path / "out", shard_size=30_000, threads=1)

@@ -226,8 +226,7 @@ class _Measured:
         self.squares = torch.zeros(3, dtype=torch.float64)
 
     def add(self, region: Region, outputs: Outputs) -> None:
-        both: Tensor = region.tensors  # type: ignore[assignment]  # element methods get them stacked
-        update, vector = both
+        update, vector = region.stacked
         self.entries += update.numel()
         self.moved += int(update.count_nonzero())
         kept = outputs.extras.get("kept")

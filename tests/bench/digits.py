@@ -1,6 +1,6 @@
 """Pairs of MLPs trained from two seeds on scikit-learn's digits, combined by every means: accuracy, mean and spread.
 
-    pip install scikit-learn
+    pip install -e '.[bench]'
     python -m tests.bench.digits [--pairs 10] [--seconds 170]
 
 1,297 of the 1,797 images are for training (and for activations), 500 for testing; both networks of a pair see the same.
