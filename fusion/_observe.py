@@ -18,16 +18,20 @@ def observed(tensors: Tensor, base: Tensor | None, out: Tensor, start: int) -> d
     """The Gram matrix (K + 2, K + 2) of task vectors, the merged one and the base, over the sampled entries of a region
     that begins at `start`; how many they are, and of how many signs disagree. Without a base it is the models' mean."""
     n = tensors.shape[1]
-    parts = []
-    for at in range(start - start % EVERY, start + n, EVERY):
-        first, last = max(at - start, 0), min(at + BLOCK - start, n)
-        if first < last:
-            rows = tensors[:, first:last]
-            origin = rows.mean(0) if base is None else base[first:last]
-            parts.append(torch.cat([rows, out[None, first:last], origin[None]]))
-    if not parts:
+    begun = min(max(0, BLOCK - start % EVERY), n) if start % EVERY else 0  # of a sampled block that rows cut in two
+    first = min(-start % EVERY, n)
+    whole = (n - first - BLOCK) // EVERY + 1 if n - first >= BLOCK else 0
+    last = first + whole * EVERY
+    if not begun and first == n:
         return {}
-    found = torch.cat(parts, 1)
+
+    def sampled(x: Tensor) -> Tensor:  # (..., n)
+        blocks = x[..., first:].unfold(-1, BLOCK, EVERY).flatten(-2) if whole else x[..., :0]
+        return torch.cat([x[..., :begun], blocks, x[..., last : last + BLOCK]], -1)
+
+    rows = sampled(tensors)
+    origin = rows.mean(0) if base is None else sampled(base)
+    found = torch.cat([rows, sampled(out)[None], origin[None]])
     found[:-1] -= found[-1].clone()
     d = found[:-2]
     conflict = torch.count_nonzero((d.amin(0) < 0) & (d.amax(0) > 0))

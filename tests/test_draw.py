@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusion.merge import _kernels
+from fusion.merge import _compiled
 from fusion.merge._draw import Draw
 
 MASK = (1 << 64) - 1
@@ -20,7 +20,7 @@ def splitmix64(state: int) -> int:
 @pytest.fixture(params=["compiled", "torch"])
 def machinery(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(_kernels, "installed", lambda: False)
+        monkeypatch.setattr(_compiled, "library", lambda: None)
 
 
 def test_the_generator_is_splitmix64(machinery):

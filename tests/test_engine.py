@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fusion._method import Method, Region
 from fusion._params import is_embedding, layer_count, layer_index, resolved
-from fusion.merge import _kernels, _x, merge_state_dicts, merge_tensors
+from fusion.merge import _compiled, _x, merge_state_dicts, merge_tensors
 from fusion.merge._x import Max, Min, Running, Sum, combined
 
 A, B = torch.tensor([1.0, -4.0, 3.0, 0.5, 0.0]), torch.tensor([2.0, 2.0, -1.0, 0.25, 0.0])
@@ -17,7 +17,7 @@ ZERO = torch.zeros(5)
 @pytest.fixture(params=["compiled", "torch"])
 def machinery(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(_kernels, "installed", lambda: False)
+        monkeypatch.setattr(_compiled, "library", lambda: None)
 
 
 def close(got, want):
@@ -175,7 +175,7 @@ def test_threshold_is_the_kth_largest_magnitude(numbers, k, compiled):
     x, k = torch.tensor([numbers, numbers[::-1]]), min(k, len(numbers))
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
-            patch.setattr(_kernels, "installed", lambda: False)
+            patch.setattr(_compiled, "library", lambda: None)
         places = torch.tensor([[k, 1], [len(numbers), k]])
         high = _x.high_counts(x).long()
         low = _x.low_counts(x, _x.bucket(high.unsqueeze(1), places)[0]).long()
@@ -203,15 +203,31 @@ def test_sums_do_not_depend_on_chunks(n):
     assert torch.equal(_x.total(x[1]), whole["total"].value[1])  # nor on what else is summed beside it
 
 
-def test_the_compiled_gram_has_the_same_bits(monkeypatch):
-    import sys
-    from importlib import import_module
+@pytest.mark.parametrize("n", [1, 4096, 150_001])
+def test_compiled_sums_have_the_same_bits(n, monkeypatch):
+    x = torch.randn(4, n, generator=torch.Generator().manual_seed(0))
+    assert _compiled.loops(x) is not None, "the C compiler that the tests need is missing"
+    products, squares = _x.gram(x), _x.squares(x)
+    assert torch.equal(products.diagonal(), squares)
+    monkeypatch.setattr(_compiled, "library", lambda: None)
+    assert torch.equal(_x.gram(x), products) and torch.equal(_x.squares(x), squares)
 
-    import_module("fusion.merge._compiled")
-    x = torch.randn(4, 150_001, generator=torch.Generator().manual_seed(0))
-    compiled = _x.gram(x)
-    monkeypatch.delitem(sys.modules, "fusion.merge._compiled")
-    assert torch.equal(_x.gram(x), compiled)
+
+def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.warns(UserWarning, match=r"longer, with the same result: there is no C compiler"):
+        assert _compiled.library.__wrapped__() is None
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho it is no good >&2\nexit 3\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("FUSION_CACHE", str(tmp_path / "cache"))
+    with pytest.warns(UserWarning, match="does not compile .*_loops.c: it is no good"):
+        assert _compiled.library.__wrapped__() is None
+    assert not list((tmp_path / "cache").iterdir()), "nothing half-made is left"
 
 
 @pytest.mark.parametrize("length", [1, 5, 576, 5000])
@@ -377,18 +393,6 @@ def test_online_merging_calls_them_with_sums():
             stats = method.settle({**stats, **found}, concrete, region.weights)
             region = Region(region.tensors, ZERO, region.weights, "w", (5,), stats=stats, step=3)
         assert torch.equal(method.call(region, concrete).tensor, A), word
-
-
-def test_linear_needs_no_compiler():
-    import subprocess
-    import sys
-
-    code = (
-        "import sys, torch; from fusion.merge import merge_tensors; x = torch.ones(3); "
-        "merge_tensors('linear', [x, 2 * x]); merge_tensors('slerp', [x, 2 * x], t=0.5); print('numba' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize(("word", "params"), [("ties", {}), ("breadcrumbs", {"gamma": 0.0})])

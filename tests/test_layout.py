@@ -84,7 +84,7 @@ def test_arrows(file):
         assert tops(above) <= LIGHT[name]
     if parts[0] == "fusion" and parts[1] in PURE and parts[-1] != "__init__":
         own = {one for one in everywhere if one.split(".")[0] in ("fusion", "alignment")}
-        assert tops(everywhere) <= ({"torch", "numba", "numpy"} if parts[-1] == "_compiled" else {"torch"})
+        assert tops(everywhere) <= {"torch"}
         assert all(
             one == f"fusion.{parts[1]}"
             or ".".join(one.split(".")[:2]) in ("fusion.losses", "fusion.merge", f"fusion.{parts[1]}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusion.merge._kernels import kernels
+from fusion.merge._compiled import loops
 
 # as signed 64-bit integers, which is what torch has; products wrap
 GAMMA, MIX1, MIX2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -37,8 +37,8 @@ class Draw:
     def uniform(self, model: int) -> Tensor:
         """(n,) float32 in [0, 1), multiples of 2^-24."""
         out = torch.empty(self.n, device=self.device)
-        if (compiled := kernels(out)) is not None:
-            compiled.uniform(self.key(model), self.start, out.numpy())
+        if (compiled := loops(out)) is not None:
+            compiled.uniform(self.key(model), self.start, out.data_ptr(), self.n)
             return out
         return out.copy_(_uniform(self.key(model), self.start, self.n, self.device))
 

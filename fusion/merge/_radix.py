@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion.merge._kernels import kernels
+from fusion.merge._compiled import loops
 
 HIGH, LOW = 1 << 15, 1 << 16
 _GROUP = 256
@@ -34,22 +34,28 @@ def largest(x: Tensor, k: Sequence[int]) -> Tensor:  # (K, n) float32
     return torch.stack([row[m - 1] if m > 0 else row.new_full((), math.inf) for row, m in zip(ordered, k, strict=True)])
 
 
-def high_counts(x: Tensor) -> Tensor:  # (K, n) float32
-    """(K, 32768) int64 how many entries have these upper 15 bits of |x|."""
-    if (compiled := kernels(x)) is not None:
-        out = torch.zeros(len(x), HIGH, dtype=torch.int64)
-        compiled.count_upper(compiled.bits(x.contiguous()), out.numpy())
+def high_counts(x: Tensor, origin: Tensor | None = None) -> Tensor:  # (K, n) float32, (n,)
+    """(K, 32768) int64 how many entries have these upper 15 bits of |x|, or of |x - origin|."""
+    if (compiled := loops(x)) is not None:
+        x, out = x.contiguous(), torch.zeros(len(x), HIGH, dtype=torch.int64)
+        compiled.count_upper(x.data_ptr(), *x.shape, _address(origin), out.data_ptr())
         return out
-    return torch.stack([torch.bincount(row, minlength=HIGH) for row in _magnitude_bits(x) >> 16])
+    return torch.stack([torch.bincount(row, minlength=HIGH) for row in _magnitude_bits(x, origin) >> 16])
 
 
-def low_counts(x: Tensor, buckets: Tensor) -> Tensor:  # (K, n) float32, (K, B) int64 upper bits asked about
-    """(K, B, 65536) int64 how many entries of each bucket have these lower 16 bits."""
+def low_counts(
+    x: Tensor,  # (K, n) float32
+    buckets: Tensor,  # (K, B) int64, upper bits asked about
+    origin: Tensor | None = None,  # (n,)
+) -> Tensor:
+    """(K, B, 65536) int64 how many entries of each bucket have these lower 16 bits of |x|, or of |x - origin|."""
     out = torch.zeros(*buckets.shape, LOW, dtype=torch.int64, device=x.device)
-    if (compiled := kernels(x)) is not None:
-        compiled.count_lower(compiled.bits(x.contiguous()), buckets.numpy(), out.numpy())
+    if (compiled := loops(x)) is not None:
+        x, buckets = x.contiguous(), buckets.contiguous()
+        asked = buckets.data_ptr(), buckets.shape[1]
+        compiled.count_lower(x.data_ptr(), *x.shape, _address(origin), *asked, out.data_ptr())
         return out
-    for row, asked, counts in zip(_magnitude_bits(x), buckets.tolist(), out, strict=True):
+    for row, asked, counts in zip(_magnitude_bits(x, origin), buckets.tolist(), out, strict=True):
         for b, one in enumerate(asked):
             counts[b] = torch.bincount(row[row >> 16 == one] & (LOW - 1), minlength=LOW)
     return out
@@ -58,16 +64,33 @@ def low_counts(x: Tensor, buckets: Tensor) -> Tensor:  # (K, n) float32, (K, B) 
 def ranks(x: Tensor) -> Tensor:  # (rows, n) float32
     """(rows, n) int32 place of each |x| in its row's ascending order, earlier entries first among equals."""
     out = torch.empty(x.shape, dtype=torch.int32, device=x.device)
-    if (compiled := kernels(x)) is not None:
-        compiled.ranks(compiled.bits(x.contiguous()), out.numpy())
+    if (compiled := loops(x)) is not None:
+        x, scratch = x.contiguous(), torch.empty(3 * x.shape[1], dtype=torch.int32)
+        compiled.ranks(x.data_ptr(), *x.shape, scratch.data_ptr(), out.data_ptr())
         return out
     order = x.abs().sort(dim=-1, stable=True).indices
     places = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
     return out.scatter_(-1, order, places.expand_as(out))
 
 
-def _magnitude_bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.int32) & 0x7FFFFFFF
+def nonzeros(x: Tensor) -> Tensor:  # (K, n) float32
+    """(K,) int64 how many entries of each row are not zero."""
+    if (compiled := loops(x)) is not None:  # torch's own count takes up to ten times as long
+        x, out = x.contiguous(), torch.empty(len(x), dtype=torch.int64)
+        compiled.count_nonzero(x.data_ptr(), *x.shape, out.data_ptr())
+        return out
+    return torch.count_nonzero(x, 1)
+
+
+def _magnitude_bits(x: Tensor, origin: Tensor | None = None) -> Tensor:
+    return (x if origin is None else x - origin).contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def _address(x: Tensor | None) -> int | None:
+    if x is None:
+        return None
+    assert x.is_contiguous()
+    return x.data_ptr()
 
 
 def bucket(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:  # (... or 1, BINS) integers, (...) int64

@@ -6,12 +6,13 @@ lanes are folded in halves, and blocks are added by a binary tree. A short last 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from fusion.merge._compiled import loops
 
 BLOCK = 4096
 LANES = 512
@@ -52,12 +53,10 @@ def gram(vectors: Tensor) -> Tensor:  # (m, n) float32
     m, n = vectors.shape
     if n == 0:
         return vectors.new_zeros((m, m), dtype=torch.float64)
-    # loading the compiled loops takes longer than the Gram matrices of a small model do: an engine that has much to do
-    # imports them beforehand, anybody else goes without; the bits are the same
-    kernels = sys.modules.get("fusion.merge._compiled")
-    if kernels is not None and vectors.device.type == "cpu" and vectors.dtype == torch.float32:
+    if (compiled := loops(vectors)) is not None:
+        vectors, wide = vectors.contiguous(), vectors.new_empty(m, BLOCK, dtype=torch.float64)
         products = torch.empty(-(-n // BLOCK), m, m, dtype=torch.float64)
-        kernels.block_products(vectors.contiguous().numpy(), products.numpy())
+        compiled.block_products(vectors.data_ptr(), m, n, wide.data_ptr(), products.data_ptr())
         return tree(products)
     parts = []
     for steps in _pieces(vectors):
@@ -69,6 +68,17 @@ def gram(vectors: Tensor) -> Tensor:  # (m, n) float32
             out[i, : i + 1] = out[: i + 1, i] = _folded(lanes)
         parts.append(out.movedim(-1, 0))
     return tree(torch.cat(parts))
+
+
+def squares(vectors: Tensor) -> Tensor:  # (m, n) float32
+    """(m,) float64 sums of squares: the diagonal of `gram`."""
+    m, n = vectors.shape
+    if (compiled := loops(vectors)) is not None and n > 0:
+        vectors, sums = vectors.contiguous(), torch.empty(-(-n // BLOCK), m, dtype=torch.float64)
+        compiled.block_squares(vectors.data_ptr(), m, n, sums.data_ptr())
+        return tree(sums)
+    # one by one, since float64 takes twice the memory; in it, since the square of 1e-25 is no float32
+    return torch.stack([total(one.double().square_()) for one in vectors])
 
 
 def _pieces(x: Tensor) -> Iterator[Tensor]:  # (..., n)

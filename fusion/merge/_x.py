@@ -10,8 +10,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fusion.merge._radix import bucket, high_counts, keep_count, keep_counts, largest, low_counts, ranks, threshold
-from fusion.merge._sums import BLOCK, gram, row_total, total, tree
+from fusion.merge._radix import (
+    bucket,
+    high_counts,
+    keep_count,
+    keep_counts,
+    largest,
+    low_counts,
+    nonzeros,
+    ranks,
+    threshold,
+)
+from fusion.merge._sums import BLOCK, gram, row_total, squares, total, tree
 
 __all__ = [
     "BLOCK",
@@ -42,6 +52,7 @@ __all__ = [
     "rescaling",
     "row_total",
     "scaled",
+    "squares",
     "summed",
     "threshold",
     "total",
@@ -182,16 +193,6 @@ def trimmed(x: Tensor, least: float, out: Tensor | None = None) -> Tensor:  # (n
     """(n,) x with 0 for every |x| < least, which is a float32; `out` may be x."""
     # hardshrink keeps |x| > its argument: the float32 before `least`; masks would take ten times as long
     return torch.hardshrink(x, float(torch.tensor(least).nextafter(torch.tensor(-math.inf))), out=out)
-
-
-def nonzeros(x: Tensor) -> Tensor:  # (K, n) float32
-    """(K,) int64 how many entries of each row are not zero."""
-    counts = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    for row, count in zip(x, counts, strict=True):
-        # marked and added as floats, exact for this many: torch's own count takes up to ten times as long
-        for part in row.split(1 << 20):
-            count += torch.ne(part, 0, out=torch.empty_like(part)).sum().long()
-    return counts
 
 
 def scaled(base: Tensor, vector: Tensor, scale: float) -> Tensor:  # (n,), (n,) which it may overwrite

@@ -14,11 +14,11 @@ NEUTRAL = {"density": 1.0, "gamma": 0.0, "scale": 1.0}
 
 
 def upper(tensors: Tensor, base: Tensor) -> dict[str, Reading]:
-    return {"high": Sum(_x.high_counts(_x.deltas(tensors, base)))}
+    return {"high": Sum(_x.high_counts(tensors, base))}
 
 
 def lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict[str, Reading]:
-    return {"low": Sum(_x.low_counts(_x.deltas(tensors, base), stats["bucket"]))}
+    return {"low": Sum(_x.low_counts(tensors, stats["bucket"], base))}
 
 
 statistics = (upper, lower)

@@ -18,12 +18,12 @@ from fusion.merge._x import Outputs, Reading, Sum
 
 def upper(tensors: Tensor, base: Tensor) -> dict[str, Reading]:
     d = _x.deltas(tensors, base)
-    sums = {"sum": Sum(_x.total(d)), "square": Sum(_x.total(d.double().square_()))}
+    sums = {"sum": Sum(_x.total(d)), "square": Sum(_x.squares(d))}
     return {"high": Sum(_x.high_counts(d)), **sums}
 
 
 def lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict[str, Reading]:
-    return {"low": Sum(_x.low_counts(_x.deltas(tensors, base), stats["bucket"]))}
+    return {"low": Sum(_x.low_counts(tensors, stats["bucket"], base))}
 
 
 statistics = (upper, lower)

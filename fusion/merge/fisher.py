@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusion.merge._statistics import check_weights, positive
-from fusion.merge._x import Reading, Sum, total
+from fusion.merge._x import Reading, Sum, squares
 
 INPUTS = {"fisher": "element"}
 NEUTRAL: dict[str, float] = {}
@@ -24,8 +24,7 @@ def passes(*, normalize: bool) -> int:
 
 
 def statistics(*, inputs: Mapping[str, Tensor], name: str) -> dict[str, Reading]:
-    # float64: the square of 1e-25 is no float32
-    return {"squares": Sum(total(positive("fisher", name, "fisher", inputs["fisher"]).double().square_()))}
+    return {"squares": Sum(squares(positive("fisher", name, "fisher", inputs["fisher"])))}
 
 
 def fisher(

@@ -13,11 +13,11 @@ SCOPE = "model"
 
 
 def sizes_upper(tensors: Tensor, base: Tensor) -> dict[str, Reading]:
-    return {"high": Sum(_x.high_counts(_x.deltas(tensors, base)))}
+    return {"high": Sum(_x.high_counts(tensors, base))}
 
 
 def sizes_lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict[str, Reading]:
-    return {"low": Sum(_x.low_counts(_x.deltas(tensors, base), stats["bucket"]))}
+    return {"low": Sum(_x.low_counts(tensors, stats["bucket"], base))}
 
 
 def balances_upper(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor], form: str) -> dict[str, Reading]:

@@ -17,7 +17,7 @@ def upper(tensors: Tensor, base: Tensor, *, select_topk: float) -> dict[str, Rea
     d = _x.deltas(tensors, base)
     counted = {"numel": Sum(torch.tensor(len(base)))}
     if select_topk >= 1:
-        return {**counted, "squares": Sum(_squares(d))}
+        return {**counted, "squares": Sum(_x.squares(d))}
     variance = _variance(d)
     return {**counted, "high": Sum(_x.high_counts(variance)), "varied": Sum(torch.count_nonzero(variance))}
 
@@ -28,7 +28,7 @@ def lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict
 
 def squares(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict[str, Reading]:
     d = _x.deltas(tensors, base)
-    return {"squares": Sum(_squares(d.mul_(_selected(d, stats["least"]))))}
+    return {"squares": Sum(_x.squares(d.mul_(_selected(d, stats["least"]))))}
 
 
 statistics = (upper, lower, squares)
@@ -100,11 +100,6 @@ def _added(d: Tensor) -> Tensor:  # (K, n)
     for one in d[1:]:
         out += one
     return out
-
-
-def _squares(d: Tensor) -> Tensor:  # (K, n)
-    """(K,) float64 sums of squares; model by model, since float64 takes twice the memory."""
-    return torch.stack([_x.total(one.double().square_()) for one in d])
 
 
 def _selected(d: Tensor, least: Tensor) -> Tensor:

@@ -17,17 +17,17 @@ FEW = 1 << 14  # entries of a tensor that are sorted sooner than counted
 def upper(
     tensors: Tensor, base: Tensor, *, shape: tuple[int, ...], density: float | Sequence[float], scope: str, count: str
 ) -> dict[str, Reading]:
-    d, n = _x.deltas(tensors, base), len(base)
+    k, n = tensors.shape
     if scope == "tensor" and n == math.prod(shape) <= FEW:
-        kept = _x.keep_counts(_x.numbers(density, len(d), "density", 0, 1), [n] * len(d), count)
-        return {"threshold": Max(_x.largest(d, kept))}
-    return {"high": Sum(_x.high_counts(d))}
+        kept = _x.keep_counts(_x.numbers(density, k, "density", 0, 1), [n] * k, count)
+        return {"threshold": Max(_x.largest(_x.deltas(tensors, base), kept))}
+    return {"high": Sum(_x.high_counts(tensors, base))}
 
 
 def lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict[str, Reading]:
     if "threshold" in stats:
         return {}
-    return {"low": Sum(_x.low_counts(_x.deltas(tensors, base), stats["bucket"]))}
+    return {"low": Sum(_x.low_counts(tensors, stats["bucket"], base))}
 
 
 statistics = (upper, lower)

@@ -1,0 +1,168 @@
+/* The few loops that torch has no single fast operation for. Each has a twin in plain torch that gives the same bits
+ * (_radix.py, _draw.py, _sums.py); _compiled.py builds this file with the machine's compiler.
+ * No product is fused with a sum (-ffp-contract=off), since that would round differently. */
+
+#include <stdint.h>
+#include <string.h>
+
+#define SIGNLESS 0x7FFFFFFFu
+#define HIGH 32768   /* upper 15 bits of |x| */
+#define LOW 65536    /* lower 16 bits */
+#define BLOCK 4096   /* as in _sums.py */
+#define LANES 512
+#define GROUP 16     /* entries that are compared at once */
+
+/* the bits of |x|, which sort as the numbers do */
+static uint32_t magnitude(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits & SIGNLESS;
+}
+
+/* how many entries of each row less `origin` (n, or NULL) have these upper bits of their magnitude */
+void count_upper(const float *x, int64_t rows, int64_t n, const float *origin, int64_t *out) {
+    for (int64_t row = 0; row < rows; row++, x += n, out += HIGH)
+        if (origin)
+            for (int64_t i = 0; i < n; i++) out[magnitude(x[i] - origin[i]) >> 16]++;
+        else
+            for (int64_t i = 0; i < n; i++) out[magnitude(x[i]) >> 16]++;
+}
+
+/* how many entries of each bucket of a row have these lower bits of their magnitude; bucket -1 has none */
+void count_lower(const float *x, int64_t rows, int64_t n, const float *origin, const int64_t *buckets, int64_t per_row,
+                 int64_t *out) {
+    for (int64_t row = 0; row < rows; row++, x += n)
+        for (int64_t b = 0; b < per_row; b++, buckets++, out += LOW) {
+            uint32_t wanted = (uint32_t)*buckets, keys[GROUP];
+            for (int64_t i = 0; i < n; i += GROUP) {
+                int size = n - i < GROUP ? (int)(n - i) : GROUP, any = 0;
+                if (origin)
+                    for (int j = 0; j < size; j++) keys[j] = magnitude(x[i + j] - origin[i + j]);
+                else
+                    for (int j = 0; j < size; j++) keys[j] = magnitude(x[i + j]);
+                for (int j = 0; j < size; j++) any |= keys[j] >> 16 == wanted;
+                if (any) /* most groups have none */
+                    for (int j = 0; j < size; j++)
+                        if (keys[j] >> 16 == wanted) out[keys[j] & (LOW - 1)]++;
+            }
+        }
+}
+
+/* how many entries of each row are not zero */
+void count_nonzero(const float *x, int64_t rows, int64_t n, int64_t *out) {
+    for (int64_t row = 0; row < rows; row++, x += n) {
+        int64_t count = 0;
+        for (int64_t i = 0; i < n; i++) count += x[i] != 0;
+        out[row] = count;
+    }
+}
+
+/* SplitMix64 of key and element index, as multiples of 2^-24 in [0, 1) */
+void uniform(uint64_t key, uint64_t start, float *out, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t z = key + (start + (uint64_t)i + 1) * 0x9E3779B97F4A7C15u;
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+        out[i] = (float)(int32_t)((z ^ (z >> 31)) >> 40) * 0x1p-24f;
+    }
+}
+
+/* block number `block` of a row of length n in double precision, filled with zeros */
+static void widened(const float *row, int64_t n, int64_t block, double *wide) {
+    const float *from = row + block * BLOCK;
+    int64_t size = n - block * BLOCK < BLOCK ? n - block * BLOCK : BLOCK;
+    for (int64_t i = 0; i < size; i++) wide[i] = from[i];
+    for (int64_t i = size; i < BLOCK; i++) wide[i] = 0;
+}
+
+static double folded(double *lanes) {
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[half + lane];
+    return lanes[0];
+}
+
+/* the sum of a[i] b[i] over a block: 512 lanes that each add their 8 entries in order, folded in halves */
+static double block_product(const double *a, const double *b) {
+    double lanes[LANES] = {0};
+    for (int at = 0; at < BLOCK; at += LANES)
+        for (int lane = 0; lane < LANES; lane++) lanes[lane] += a[at + lane] * b[at + lane];
+    return folded(lanes);
+}
+
+/* (blocks, rows, rows) inner products of rows of length n, block by block; `wide` has room for (rows, BLOCK) */
+void block_products(const float *x, int64_t rows, int64_t n, double *wide, double *out) {
+    for (int64_t block = 0; block * BLOCK < n; block++) {
+        for (int64_t row = 0; row < rows; row++) widened(x + row * n, n, block, wide + row * BLOCK);
+        for (int64_t i = 0; i < rows; i++) {
+            const double *a = wide + i * BLOCK;
+            for (int64_t j = 0; j <= i; j++) {
+                double product = block_product(a, wide + j * BLOCK);
+                out[(block * rows + i) * rows + j] = out[(block * rows + j) * rows + i] = product;
+            }
+        }
+    }
+}
+
+/* (blocks, rows) sums of the squares of rows of length n, block by block */
+void block_squares(const float *x, int64_t rows, int64_t n, double *out) {
+    double wide[BLOCK];
+    for (int64_t block = 0; block * BLOCK < n; block++)
+        for (int64_t row = 0; row < rows; row++) {
+            widened(x + row * n, n, block, wide);
+            out[block * rows + row] = block_product(wide, wide);
+        }
+}
+
+/* `moved` is `order`, sorted by one byte of the keys, equal ones as they stood */
+static void by_byte(const uint32_t *keys, const int32_t *order, int32_t *moved, int64_t n, int shift) {
+    int32_t places[256] = {0}, place = 0;
+    for (int64_t i = 0; i < n; i++) places[(keys[i] >> shift) & 255]++;
+    for (int digit = 0; digit < 256; digit++) {
+        int32_t count = places[digit];
+        places[digit] = place;
+        place += count;
+    }
+    for (int64_t i = 0; i < n; i++) moved[places[(keys[order[i]] >> shift) & 255]++] = order[i];
+}
+
+/* sorts `order`, nearly sorted by keys; 0, with some of it undone, when that takes more than `budget` moves */
+static int inserted(const uint32_t *keys, int32_t *order, int64_t n, int64_t budget) {
+    for (int64_t i = 1; i < n; i++) {
+        int32_t index = order[i];
+        int64_t j = i;
+        for (; j > 0 && keys[order[j - 1]] > keys[index]; j--) order[j] = order[j - 1];
+        order[j] = index;
+        budget -= i - j;
+        if (budget < 0) return 0;
+    }
+    return 1;
+}
+
+/* Place of each |x| in its row's ascending order, earlier ones first among equals; `scratch` has room for 3 n numbers.
+ * Two rounds of radix sort by the uppermost 16 bits that differ leave little to do for insertion; where that turns out
+ * wrong (many that differ in lower bits only), four rounds by all bits. */
+void ranks(const uint32_t *x, int64_t rows, int64_t n, int32_t *scratch, int32_t *out) {
+    uint32_t *keys = (uint32_t *)scratch;
+    int32_t *order = scratch + n, *moved = order + n;
+    for (int64_t row = 0; row < rows; row++) {
+        uint32_t differ = 0;
+        for (int64_t i = 0; i < n; i++) {
+            keys[i] = x[row * n + i] & SIGNLESS;
+            differ |= keys[i] ^ keys[0];
+            order[i] = (int32_t)i;
+        }
+        int width = 0;
+        while (width < 32 && differ >> width) width++;
+        int low = width > 16 ? width - 16 : 0;
+        by_byte(keys, order, moved, n, low);
+        by_byte(keys, moved, order, n, low + 8);
+        if (low > 0 && !inserted(keys, order, n, 8 * n)) {
+            for (int64_t i = 0; i < n; i++) order[i] = (int32_t)i;
+            for (int shift = 0; shift < 32; shift += 16) {
+                by_byte(keys, order, moved, n, shift);
+                by_byte(keys, moved, order, n, shift + 8);
+            }
+        }
+        for (int64_t i = 0; i < n; i++) out[row * n + order[i]] = (int32_t)i;
+    }
+}
