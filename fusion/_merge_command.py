@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from fusion import _ranks
+from fusion._merge import merge_checkpoints
 from fusion._progress import Progress
 from fusion._say import duration, size
 from fusion.recipe import ModelRef, scalar
@@ -56,8 +57,6 @@ def run(
     **options: Any,
 ) -> None:
     """Merges, and says what came out. options: those of `merge_checkpoints` that the command line gives as they are."""
-    from fusion._merge import merge_checkpoints
-
     found, weights = parse_models(models)
     with _launched(Path(out)) as ranks:
         merged = merge_checkpoints(
