@@ -6,13 +6,14 @@ imports `fusion`.
 * `alignment.tokens`: the bytes each token of a text covers, and the byte boundaries two tokenizations share;
   needs NumPy and `tokenizers` only.
 * `alignment.vocab`: one vocabulary into another, and distributions over one projected onto the other.
+* `alignment.names`: tensors of two models that correspond by name, though not one to one.
 * `alignment.spaces`, `alignment.maps`: the unit spaces of a network with their exact symmetries, and maps between two
   networks' units; `alignment.families` has them by `config.model_type`.
-* `alignment.align`: which unit of a donor is which of a target; `alignment.layers` which layer, `alignment.widen` a
-  network in a wider one.
+* `alignment.align`: which unit of a donor is which of a target; `alignment.universe` of several networks at once,
+  `alignment.refine` on data; `alignment.layers` which layer, `alignment.widen` a network in a wider one.
 
-`align`, `find_family`, `fold`, `unfold`, `trace`, `verify`, `widen`, `Maps`, `Space`, `Spaces` can be imported from
-here; a module is loaded when its name is first asked for.
+`align`, `find_family`, `fold`, `unfold`, `refine`, `trace`, `universe`, `verify`, `widen`, `Maps`, `Space`, `Spaces`
+can be imported from here; a module is loaded when its name is first asked for.
 """
 
 import importlib
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from alignment.families import find_family
     from alignment.fold import fold, unfold
     from alignment.maps import Maps
+    from alignment.refine import refine
     from alignment.spaces import Space, Spaces
     from alignment.trace import trace
+    from alignment.universe import universe
     from alignment.verify import verify
     from alignment.widen import widen
 
@@ -35,14 +38,29 @@ _HOMES = {
     "find_family": "alignment.families",
     "fold": "alignment.fold",
     "unfold": "alignment.fold",
+    "refine": "alignment.refine",
     "trace": "alignment.trace",
+    "universe": "alignment.universe",
     "verify": "alignment.verify",
     "widen": "alignment.widen",
     "Maps": "alignment.maps",
     "Space": "alignment.spaces",
     "Spaces": "alignment.spaces",
 }
-__all__ = ["Maps", "Space", "Spaces", "align", "find_family", "fold", "trace", "unfold", "verify", "widen"]
+__all__ = [
+    "Maps",
+    "Space",
+    "Spaces",
+    "align",
+    "find_family",
+    "fold",
+    "refine",
+    "trace",
+    "unfold",
+    "universe",
+    "verify",
+    "widen",
+]
 
 
 class _Package(ModuleType):

@@ -18,6 +18,22 @@ from alignment._chain import even
 from alignment.spaces import Part, Space, Spaces
 
 
+def blocks_of(spaces: Spaces, tensors: Mapping[str, Tensor], rows: Tensor | None = None) -> dict[str, Tensor]:
+    """All parts that a checkpoint has, in one precision, offsets added; rows of the vocabulary as they correspond."""
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
+    found = {}
+    for part in spaces.parts:
+        if all(name in tensors for name in part.names):
+            block = part.read(tensors).to(dtype) + part.offset
+            names = [axis.space for axis in part.axes]
+            if rows is not None and "vocabulary" in names:
+                block = block.index_select(names.index("vocabulary"), rows)
+            if not bool(torch.isfinite(block.sum(dtype=torch.float64))):
+                raise ValueError(f"{part.names[0]} holds nan or infinity")
+            found[part.key] = block
+    return found
+
+
 def balance(spaces: Spaces, blocks: Mapping[str, Tensor]) -> dict[str, Map]:
     """By space the map into balanced units, for the groups that scale; `blocks` are a network's parts by key."""
     found: dict[str, Map] = {}

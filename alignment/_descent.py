@@ -12,6 +12,7 @@ from torch import Tensor
 from alignment._acts import Index, Map, Matrix, Plan, Turn, act, coupled
 from alignment._balance import pairs, unfold
 from alignment._heads import assign_heads, expert_similarity, form_similarity
+from alignment._sizes import inside_queries
 from alignment.features.weights import scale, weights
 from alignment.match.hungarian import hungarian
 from alignment.match.procrustes import procrustes
@@ -19,6 +20,7 @@ from alignment.spaces import Part, Space, Spaces
 
 LINEAR = ("general linear", "pair turns", "pair signs")  # groups inside a head
 PIECE = 1 << 20
+TIE = 1e-6  # of a similarity that is given: less than any difference that means something
 Matcher = Callable[..., Tensor]  # (n, m) similarities, and those within each network where it names them
 Rows = tuple[Tensor, Tensor]  # of target and donor
 
@@ -44,6 +46,7 @@ class Descent:
     resized: frozenset[str] = frozenset()  # spaces with other sizes in target and donor
     apart: Collection[str] = ()  # spaces that do not correspond
     maps: dict[str, Map] = field(default_factory=dict)
+    scaled: bool = False  # whether blocks are in proportion as they are: no part is divided by its root mean squares
 
     def run(self, sweeps: int, seed: int) -> None:
         """Sweeps until the weighted inner product of target and carried donor no longer grows."""
@@ -56,15 +59,19 @@ class Descent:
             if sweep:
                 outer = [outer[number] for number in torch.randperm(len(outer), generator=generator).tolist()]
             for space in outer:
-                self.update(space, everything=sweep > 0)
-                for inner in self.spaces.inner(space.name):
-                    if inner.name not in self.maps or inner.group != "permutation" or not self.heads(space):
-                        self.update(inner, everything=sweep > 0)
+                self.visit(space, everything=sweep > 0)
             total = self.total()
             if sweep and total <= best + gain * abs(best):
                 break
             best, kept = total, dict(self.maps)
         self.maps = kept
+
+    def visit(self, space: Space, everything: bool) -> None:
+        """The best map of a space, then those of the spaces within it."""
+        self.update(space, everything)
+        for inner in self.spaces.inner(space.name):
+            if inner.name not in self.maps or inner.group != "permutation" or not self.heads(space):
+                self.update(inner, everything)
 
     def heads(self, space: Space) -> list[Space]:
         """The linear spaces inside the units of a space, if these are heads."""
@@ -73,10 +80,10 @@ class Descent:
     def update(self, space: Space, everything: bool) -> None:
         """The best map of one space, all others as they are; none where no evidence is left."""
         inner = self.spaces.inner(space.name)
-        if inner and space.name not in self.given:
+        if inner and (space.name not in self.given or self.given[space.name].dim() == 4):
             if self.heads(space):
                 self._update_heads(space)
-            else:
+            elif space.group != "fixed":
                 self._update_experts(space)
             return
         if space.group == "fixed" or space.name in self.apart:
@@ -100,16 +107,20 @@ class Descent:
             dot = torch.zeros(1, dtype=torch.complex128)
             for one, other in linear:
                 a, b = pairs(one), pairs(other)
-                dot = dot + (a * b.conj()).sum(-1).cpu() * scale(a, b)
+                dot = dot + (a * b.conj()).sum(-1).cpu() * (1.0 if self.scaled else scale(a, b))
             turn = torch.sgn(dot) if group == "pair turns" else torch.sgn(dot.real).to(torch.complex128)
             turn = torch.where(turn == 0, 1, turn)
             return Turn(turn if copied else turn[0])
         if space.name in self.given:
-            signed, linear, gains = self.given[space.name].clone()[None], [], []
+            signed = self.given[space.name].clone()[None]
+            if linear and "permutation" in group:  # what others cannot tell apart, dead units, goes by weights
+                table = weights(linear, self.scaled).cpu().to(signed)
+                signed += TIE * table / table.abs().max().clamp_min(torch.finfo(table.dtype).tiny)
+            linear, gains = [], []
         else:
             first, second = (linear or gains)[0]
             shape = len(first), first.shape[1], second.shape[1]
-            signed = weights(linear).cpu() if linear else torch.zeros(shape)
+            signed = weights(linear, self.scaled).cpu() if linear else torch.zeros(shape)
         if group in ("orthogonal", "orthogonal fixing ones", "general linear"):
             q = procrustes(signed if copied else signed[0], fixing_ones=group == "orthogonal fixing ones")
             return Matrix(q, q.mT)
@@ -118,7 +129,7 @@ class Descent:
         # tables of units by units are the largest that there are, so they are changed in place
         table = signed.abs_() if signs else signed
         if gains:
-            table += weights(gains).cpu()
+            table += weights(gains, self.scaled).cpu()
         made = torch.stack([self._call(number, one, linear, gains, signs) for number, one in enumerate(table)])
         if made.is_floating_point():
             if self.spaces.inner(space.name):
@@ -156,8 +167,10 @@ class Descent:
     def _update_heads(self, space: Space) -> None:
         """The order of heads, and of query heads in each, by the functions of heads."""
         within = {space.name, *(inner.name for inner in self.spaces.inner(space.name))}
-        total: Tensor | None = None
+        total = self.given.get(space.name)
         for inner in self.heads(space):
+            if space.name in self.given and inside_queries(inner.name):
+                continue
             rows: dict[str, list[Rows]] = {"w": [], "r": []}
             for part, number in self.spaces.uses[inner.name]:
                 if part.key in self.target and self._known(part, number, False, within):
@@ -172,7 +185,8 @@ class Descent:
         if space.group != "fixed":
             self.maps[space.name] = Index(outer)
         for inner in queries:
-            self.maps[inner.name] = Index(inside)
+            if inner.group != "fixed":
+                self.maps[inner.name] = Index(inside)
 
     def _heads_pair(self, part: Part, number: int, heads: str, within: set[str]) -> Rows:
         """(heads, queries or 1, n, F) rows of a part, of target and of donor carried outside the heads."""
@@ -234,5 +248,5 @@ class Descent:
             other = self._carried(self.spaces.by_key[key], self.donor[key], set())
             # in pieces, so that float32 sums stay short; no map but a coupling changes a donor's norm
             pieces = zip(one.flatten().split(PIECE), other.flatten().split(PIECE))
-            found += sum(float(a @ b) for a, b in pieces) * scale(one, other)
+            found += sum(float(a @ b) for a, b in pieces) * (1.0 if self.scaled else scale(one, other))
         return found

@@ -26,7 +26,7 @@ def compare(target: Spaces, donor: Spaces, vocab: bool, layers: bool) -> dict[st
             continue
         if other is None and layers and space.name.startswith("layers."):
             continue
-        if _inside(space.name):
+        if inside_queries(space.name):
             reason = _queries(space, other, target, donor)
             if reason:
                 apart[space.name] = reason
@@ -42,16 +42,16 @@ def compare(target: Spaces, donor: Spaces, vocab: bool, layers: bool) -> dict[st
                 f"{other.size} with '{other.group}' in the donor{hint}"
             )
     for space in donor.spaces:
-        spare = _inside(space.name) or (layers and space.name.startswith("unmatched."))
+        spare = inside_queries(space.name) or (layers and space.name.startswith("unmatched."))
         if space.name not in target.by_name and not spare:
             raise ValueError(
                 f"the donor has a space '{space.name}', and the target, a {target.family} network, has none"
             )
-        if _inside(space.name) and space.name not in target.by_name and not space.name.startswith("unmatched."):
+        if inside_queries(space.name) and space.name not in target.by_name and not space.name.startswith("unmatched."):
             layer = space.name.rpartition(".")[0]
             reason = f"queries and keys of the donor have a space '{space.name}' and the target's have none"
             apart.update(
-                {name: reason for name in target.by_name if name.rpartition(".")[0] == layer and _inside(name)}
+                {name: reason for name in target.by_name if name.rpartition(".")[0] == layer and inside_queries(name)}
             )
     for name in list(apart):  # queries and keys go together
         layer, reason = name.rpartition(".")[0], apart[name]
@@ -59,7 +59,7 @@ def compare(target: Spaces, donor: Spaces, vocab: bool, layers: bool) -> dict[st
     return apart
 
 
-def _inside(name: str) -> bool:
+def inside_queries(name: str) -> bool:
     return name.rpartition(".")[2] in INSIDE
 
 
@@ -140,7 +140,7 @@ def scaled(maps: Mapping[str, Map], target: Spaces, donor: Spaces) -> dict[str, 
         if space.group.startswith("orthogonal"):
             factor = (n / m) ** 0.5
             out[name] = Matrix(map.write * factor, map.read / factor)
-        elif _inside(name) and not _own_scale(target):
+        elif inside_queries(name) and not _own_scale(target):
             factor = (n / m) ** 0.25
             out[name] = Matrix(map.write * factor, map.read * factor)
     return out

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alignment._acts import Map, Plan, settle
-from alignment._balance import balance
+from alignment._balance import balance, blocks_of
 from alignment._descent import LINEAR, Descent, Matcher, carry
 from alignment._sizes import comparable, compare, resized, scaled
 from alignment.maps import Maps
@@ -49,10 +49,12 @@ def align(
     Queries and keys whose head sizes or frequencies differ stay the target's; `Maps.kept` says so.
 
     `features` is a word, or similarities (n, n), target by donor, by the name of a space within no other: those spaces
-    are matched by them, all others by weights. `match` is a word or a function for spaces whose units change places.
-    `vocab` says which rows of embeddings and head correspond, as row numbers (of the target, of the donor), or as the
-    map from the donor's vocabulary to the target's; without it rows correspond by number. `layers` gives the donor's
-    layer of each target layer. It sweeps until nothing improves. `seed` names the order of spaces within a sweep.
+    are matched by them, all others by weights. Heads take similarities (groups, queries in each, groups, queries) of
+    their attention, in the place of how their queries and keys are written. `match` is a word or a function for spaces
+    whose units change places. `vocab` says which rows of embeddings and head correspond, as row numbers (of the target,
+    of the donor), or as the map from the donor's vocabulary to the target's; without it rows correspond by number.
+    `layers` gives the donor's layer of each target layer. It sweeps until nothing improves. `seed` names the order of
+    spaces within a sweep.
     Raises ValueError where spaces differ in group, where tensors do not fit, and where weights are not finite.
     """
     target_spaces, donor_spaces = target_spaces.of(target), donor_spaces.of(donor)
@@ -69,6 +71,8 @@ def align(
         raise ValueError(f"features are given for '{unknown[0]}', which is no space of the target")
     for name in given:
         space = target_spaces.by_name[name]
+        if given[name].dim() == 4 and target_spaces.inner(name):
+            continue
         if space.within is not None or not (
             space.group.endswith("permutation") or space.group.startswith("orthogonal")
         ):
@@ -78,7 +82,8 @@ def align(
     matcher = _matcher(match) if isinstance(match, str) else match
 
     rows = None if vocab is None else _rows(vocab)
-    blocks = [_blocks(target_spaces, target, rows and rows[0]), _blocks(donor_spaces, donor, rows and rows[1])]
+    sides = (target_spaces, target, rows and rows[0]), (donor_spaces, donor, rows and rows[1])
+    blocks = [blocks_of(*side) for side in sides]
     keys, kept = comparable(target_spaces, donor_spaces, (blocks[0], blocks[1]), apart)
     tables = (target_spaces, donor_spaces)
     even = [balance(spaces, {key: one[key] for key in keys}) for spaces, one in zip(tables, blocks)]
@@ -116,22 +121,6 @@ def _again(done: Descent, maps: Mapping[str, Map]) -> Maps:
         if space.group in LINEAR and space.name in maps:
             again.update(space, everything=True)
     return Maps(table, table, again.maps).after(Maps(table, table, even))
-
-
-def _blocks(spaces: Spaces, tensors: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, Tensor]:
-    """All parts that a checkpoint has, in one precision, offsets added; rows of the vocabulary as they correspond."""
-    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
-    found = {}
-    for part in spaces.parts:
-        if all(name in tensors for name in part.names):
-            block = part.read(tensors).to(dtype) + part.offset
-            names = [axis.space for axis in part.axes]
-            if rows is not None and "vocabulary" in names:
-                block = block.index_select(names.index("vocabulary"), rows)
-            if not bool(torch.isfinite(block.sum(dtype=torch.float64))):
-                raise ValueError(f"{part.names[0]} holds nan or infinity")
-            found[part.key] = block
-    return found
 
 
 def _rows(vocab: VocabMap | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from alignment._sizes import INSIDE
 from alignment.spaces import Spaces
 
-__all__ = ["LinearCKA", "layer_types", "match_layers"]
+__all__ = ["LinearCKA", "layer_types", "match_layers", "types_of_both"]
 
 
 def match_layers(
@@ -66,20 +67,33 @@ def _may(
     return table[i][j] >= least and (types is None or types[0][i] == types[1][j])
 
 
-def layer_types(spaces: Spaces) -> list[str]:
-    """For each layer what must agree: its spaces with their groups (dense or experts), and the config's layer_types."""
-    config = json.loads(spaces.config) if spaces.config else {}
-    told = config.get("layer_types") or []
+def layer_types(spaces: Spaces, told: bool = True) -> list[str]:
+    """For each layer what must agree: its spaces with their groups (dense or experts), queries and keys aside, which a
+    layer can do without; and, if `told`, the config's layer_types (local or global attention)."""
+    kinds = _told(spaces) if told else []
     layers: dict[int, list[str]] = {}
     for space in spaces.spaces:
         words = space.name.split(".")
         if words[0] == "layers":
-            layers.setdefault(int(words[1]), []).append(f"{words[2]}: {space.group}")
+            own = layers.setdefault(int(words[1]), [])
+            if words[-1] not in INSIDE:
+                own.append(f"{words[2]}: {space.group}")
     found = []
     for number in sorted(layers):
-        own = [told[number]] if number < len(told) else []
+        own = [kinds[number]] if number < len(kinds) else []
         found.append("; ".join([*own, *layers[number]]))
     return found
+
+
+def types_of_both(target: Spaces, donor: Spaces) -> tuple[list[str], list[str]]:
+    """For each layer of target and donor what must agree; the kinds of attention only where both have several."""
+    told = all(len(set(_told(one))) > 1 for one in (target, donor))
+    return layer_types(target, told), layer_types(donor, told)
+
+
+def _told(spaces: Spaces) -> list[str]:
+    kinds: list[str] = (json.loads(spaces.config) if spaces.config else {}).get("layer_types") or []
+    return kinds
 
 
 @dataclass

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from alignment.repair import layers, reset_statistics, run
+from alignment.spaces import Spaces
+from alignment.zip import placed
 
 __all__ = ["Normal", "least_squares"]
 
@@ -72,6 +74,8 @@ def least_squares(
     weights: Sequence[float] | None = None,
     inputs: str = "merged",
     ridge: float = 0.01,
+    spaces: Spaces | None = None,
+    groups: Mapping[str, Tensor] | None = None,  # by space int64 (k n): the merged unit of each network's units
 ) -> list[str]:
     """The merged `module`'s linear layers and convolutions solved in the order they run, in place.
 
@@ -80,6 +84,9 @@ def least_squares(
     already, the `mean` of the networks' (PLeaS), or each network's `own`, with its own outputs (RegMean). Statistics of
     BatchNorm are reset on the way. A larger `ridge` keeps weights nearer the average. Returns the layers that keep
     their average: convolutions with groups, and those that run more than once. Raises ValueError for other words.
+
+    With `groups` (and the `spaces` that they are of) the module has other units than the networks, as
+    `alignment.apart.partly` makes it: targets of a merged unit are the mean of its units' outputs.
     """
     if inputs not in ("merged", "mean", "own"):
         raise ValueError(f"least squares: inputs are 'merged', 'mean' or 'own'; given: '{inputs}'")
@@ -88,6 +95,9 @@ def least_squares(
         raise ValueError(f"least squares: {len(networks)} networks need as many weights that sum to 1: {weights}")
     if not batches:
         raise ValueError("least squares: no samples")
+    if groups and inputs == "own":
+        raise ValueError("least squares: units that others keep apart have no part in a network's own inputs")
+    places = _places(spaces, groups, weights) if spaces is not None and groups else {}
     merged = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
     norms = any(isinstance(one, _BatchNorm) for one in module.modules())
     order, skipped = _order(module, batches[0])
@@ -96,7 +106,7 @@ def least_squares(
             module.load_state_dict(merged)
             reset_statistics(module, batches)
             merged = {key: tensor.detach().clone() for key, tensor in module.state_dict().items()}
-        merged.update(_solved(module, name, merged, networks, batches, weights, inputs, ridge))
+        merged.update(_solved(module, name, merged, networks, batches, weights, inputs, ridge, places))
     module.load_state_dict(merged)
     if norms:
         reset_statistics(module, batches)
@@ -127,6 +137,20 @@ def _order(module: nn.Module, batch: Any) -> tuple[list[str], list[str]]:
     return [name for name in dict.fromkeys(called) if name not in skipped], skipped
 
 
+Places = Mapping[tuple[str, str], list[Tensor]]  # (weight, "r" or "w") -> for each network (merged, n)
+
+
+def _places(spaces: Spaces, groups: Mapping[str, Tensor], weights: Sequence[float]) -> dict[tuple[str, str], Any]:
+    """Where each network's units go in what a layer reads and writes."""
+    found = {}
+    for name, unit in groups.items():
+        size = spaces.by_name[name].size
+        rows = placed(unit, size, int(unit.max()) + 1, torch.tensor(list(weights)))
+        for part, number in spaces.uses[name]:
+            found[part.names[0], "r" if part.axes[number].role == "r" else "w"] = rows
+    return found
+
+
 def _solved(
     module: nn.Module,
     name: str,
@@ -136,6 +160,7 @@ def _solved(
     weights: Sequence[float],
     inputs: str,
     ridge: float,
+    places: Places,
 ) -> dict[str, Tensor]:
     """The new weight and bias of one layer."""
     layer = module.get_submodule(name)
@@ -147,20 +172,22 @@ def _solved(
     hook = layer.register_forward_hook(
         lambda one, args, out: seen.append((_rows(one, args[0].detach(), bias is not None), _outputs(one, out)))
     )
+    ways, ones = [places.get((f"{name}.weight", role)) for role in ("r", "w")], (int(bias is not None), 0)
     training = module.training
     module.eval()
     try:
         for batch in batches:
             seen.clear()
             for tensors in [*networks, merged] if inputs == "merged" else networks:
-                module.load_state_dict(dict(tensors))
-                run(module, [batch])
+                run(module, [batch], tensors)
             if inputs == "own":
                 for share, (x, y) in zip(weights, seen):
                     normal.update(x, y, share)
                 continue
-            x, y = (torch.stack([share * pair[n] for share, pair in zip(weights, seen)]).sum(0) for n in (0, 1))
-            normal.update(seen[-1][0] if inputs == "merged" else x, y)
+            own = seen[: len(networks)]
+            xs, ys = ([_placed(pair[n], ways[n], k, ones[n]) for k, pair in enumerate(own)] for n in (0, 1))
+            mean = seen[-1][0] if inputs == "merged" else _mean(xs, weights)
+            normal.update(mean, _mean(ys, weights))
     finally:
         hook.remove()
         module.train(training)
@@ -169,6 +196,21 @@ def _solved(
     if bias is not None:
         out[f"{name}.bias"] = found[:, -1].to(bias)
     return out
+
+
+def _placed(x: Tensor, rows: list[Tensor] | None, network: int, ones: int) -> Tensor:  # (samples, n * inner + ones)
+    """One network's units in the merged ones, `inner` numbers each, and what a bias is multiplied with."""
+    if rows is None:
+        return x
+    place = rows[network].to(x)
+    stop = x.shape[1] - ones
+    units = x[:, :stop].reshape(len(x), place.shape[1], -1)
+    moved = units.mT.flatten(0, 1) @ place.mT  # as one product
+    return torch.cat([moved.view(len(x), -1, len(place)).mT.flatten(1), x[:, stop:]], 1)
+
+
+def _mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return torch.stack([share * one for share, one in zip(weights, values)]).sum(0)
 
 
 def _rows(layer: nn.Module, x: Tensor, bias: bool) -> Tensor:

@@ -105,7 +105,7 @@ class Maps:
             for name, piece in zip(part.names, block.unbind(0) if len(part.names) > 1 else [block]):
                 if name not in out:
                     out[name] = into[name].clone() if into is not None else piece.new_empty(_stored(part, piece))
-            _write(part, block, out)
+            write(part, block, out)
         if lacking:
             raise ValueError(
                 f"the donor has no counterpart of {', '.join(lacking[:3])}; give the target's tensors as `into`"
@@ -268,7 +268,8 @@ def _stored(part: Part, block: Tensor) -> tuple[int, ...]:
     return tuple(known if size == -1 else size for size in part.shape)
 
 
-def _write(part: Part, block: Tensor, out: dict[str, Tensor]) -> None:
+def write(part: Part, block: Tensor, out: dict[str, Tensor]) -> None:
+    """A part into the tensors that hold it."""
     if len(part.names) == 1:
         part.view(out[part.names[0]]).copy_(block)
         return

@@ -126,14 +126,16 @@ def output_moments(
     return found
 
 
-def run(module: nn.Module, batches: Iterable[Any]) -> int:
-    """How many batches the module was run on, without gradients."""
+def run(module: nn.Module, batches: Iterable[Any], tensors: Mapping[str, Tensor] | None = None) -> int:
+    """How many batches the module was run on, without gradients; with these tensors in the place of its own."""
     count = 0
     with torch.no_grad():
         for batch in batches:
-            if isinstance(batch, Mapping):
-                module(**batch)
+            positional = batch if isinstance(batch, tuple | list) else () if isinstance(batch, Mapping) else (batch,)
+            named = dict(batch) if isinstance(batch, Mapping) else {}
+            if tensors is None:
+                module(*positional, **named)
             else:
-                module(*batch) if isinstance(batch, tuple | list) else module(batch)
+                torch.func.functional_call(module, dict(tensors), tuple(positional), named)
             count += 1
     return count

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +166,22 @@ class Spaces:
                 for part in self.parts
             ),
         )
+
+    def only(self, globs: Iterable[str]) -> Spaces:
+        """The same network, in which nothing moves but spaces called like one of these (`layers.*.mlp`).
+
+        Raises ValueError for one that no space is called like.
+        """
+        chosen: set[str] = set()
+        for glob in globs:
+            found = [name for name in self.by_name if fnmatchcase(name, glob)]
+            if not found:
+                near = get_close_matches(glob, self.by_name, 1)
+                guess = f"; did you mean '{near[0]}'?" if near else f"; there are {_few(list(self.by_name))}"
+                raise ValueError(f"no space is called like '{glob}'{guess}")
+            chosen.update(found)
+        spaces = (space if space.name in chosen else replace(space, group="fixed") for space in self.spaces)
+        return replace(self, spaces=tuple(spaces))
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """ValueError where a tensor is missing, is not in the table, or has a shape that the config does not give."""

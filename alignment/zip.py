@@ -118,29 +118,75 @@ def zip_networks(
 ) -> dict[str, Tensor]:
     """The k networks of one table zipped into one of their size.
 
-    A merged unit is the mean of its units and is read as each of them was; what no space moves is averaged. Spaces
-    without similarities stay as they are, so they must correspond. Raises ValueError for a space whose units do not
-    change places, lie within others or hold spaces of their own.
+    Spaces without similarities stay as they are, so they must correspond. Raises ValueError for a space whose units do
+    not change places, lie within others or hold spaces of their own.
     """
-    models = len(networks)
-    made: list[dict[str, Map]] = [{} for _ in networks]
+    groups = {}
     for name, similarity in similarities.items():
-        space = spaces.by_name.get(name)
-        if space is None or space.within is not None or not space.group.endswith("permutation"):
-            raise ValueError(f"zip: '{name}' is no space of this network whose units change places")
-        if spaces.inner(name):
-            raise ValueError(f"zip: units of '{name}' hold spaces of their own and are not zipped")
-        groups = zip_units(similarity, [space.size] * models, space.size, alpha=alpha, beta=beta)
-        member = torch.nn.functional.one_hot(groups, space.size).double()  # (k n, n)
-        share = models * (member / member.sum(0)).mT  # of which the mean over networks is a mean over units
-        for number, maps in enumerate(made):
-            own = slice(number * space.size, (number + 1) * space.size)
-            write = share[:, own].contiguous()
-            maps[name] = Plan(write, member[own].contiguous(), write)
-    nothing = {name: torch.zeros_like(tensor) for name, tensor in networks[0].items()}  # for units of others alone
-    carried = [Maps(spaces, spaces, maps).carry(one, nothing) for maps, one in zip(made, networks)]
-    out = {}
-    for name, first in carried[0].items():
-        total = torch.stack([one[name].double() for one in carried]).mean(0)
-        out[name] = total.to(first) if first.is_floating_point() else first
-    return out
+        if name not in zippable(spaces):
+            raise ValueError(f"zip: '{name}' is no space of this network whose units change places and hold no others")
+        size = spaces.by_name[name].size
+        groups[name] = zip_units(similarity, [size] * len(networks), size, alpha=alpha, beta=beta)
+    return joined(spaces, networks, groups)
+
+
+def zippable(spaces: Spaces) -> list[str]:
+    """Spaces within no other whose units change places and hold no spaces of their own."""
+    return [
+        space.name
+        for space in spaces.spaces
+        if space.within is None and space.group.endswith("permutation") and not spaces.inner(space.name)
+    ]
+
+
+def joined(
+    spaces: Spaces,
+    networks: Sequence[Mapping[str, Tensor]],
+    groups: Mapping[str, Tensor],  # by space int64 (k n): the merged unit of each network's units, one after the other
+    *,
+    weights: Sequence[float] | None = None,
+    into: Spaces | None = None,
+    signs: Mapping[str, Tensor] | None = None,  # by space (k n) of 1 and -1: units that join with their sign changed
+) -> dict[str, Tensor]:
+    """One network of k, in the table `into` where spaces have other sizes there.
+
+    A merged unit is the mean of its units and is read as each of them was; units alone stay what they are. What no
+    space moves is averaged, by `weights` that sum to 1 (equal ones by default).
+    """
+    into = spaces if into is None else into
+    shares = torch.tensor([1 / len(networks)] * len(networks) if weights is None else list(weights)).double()
+    made: list[dict[str, Map]] = [{} for _ in networks]
+    for name, unit in groups.items():
+        size = spaces.by_name[name].size
+        evens = placed(unit, size, into.by_name[name].size, shares)
+        sign = torch.ones(len(unit)) if signs is None or name not in signs else signs[name]
+        for maps, even, own in zip(made, evens, sign.double().split(size)):
+            maps[name] = Plan(even * own, (even.mT > 0) * own[:, None], even)
+    nothing = _zeros(into, networks[0])  # for units of others alone
+    out: dict[str, Tensor] = {}
+    for share, maps, one in zip(shares.tolist(), made, networks):
+        for name, tensor in Maps(spaces, into, maps).carry(one, nothing).items():
+            if tensor.is_floating_point():
+                out[name] = tensor.double() * share + (out[name] if name in out else 0)
+            else:
+                out.setdefault(name, tensor)
+    return {name: tensor.to(networks[0][name].dtype) for name, tensor in out.items()}
+
+
+def placed(groups: Tensor, size: int, merged: int, weights: Tensor) -> list[Tensor]:  # (k n)
+    """For each network (merged, n) float64, whose weighted mean over networks makes merged units the weighted means of
+    their units."""
+    member = torch.nn.functional.one_hot(groups, merged).double()
+    mass = (member * weights.double().repeat_interleave(size)[:, None]).sum(0)
+    return [part.mT.contiguous() for part in (member / mass).split(size)]
+
+
+def _zeros(spaces: Spaces, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network of a table that computes nothing; lengths that the table leaves open are those of `like`."""
+    shapes = {name: part.shape for part in spaces.of(like).parts for name in part.names if name in like}
+    return {
+        name: tensor.new_zeros(
+            [own if size == -1 else size for size, own in zip(shapes.get(name, tensor.shape), tensor.shape)]
+        )
+        for name, tensor in like.items()
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -20,9 +19,9 @@ from torch import Tensor
 from fusion._adapter_files import PREFIX, Adapter, read_adapter
 from fusion._adapters import load
 from fusion._method import Method
-from fusion._params import layer_count, layer_index
-from fusion.checkpoint import Checkpoint
-from fusion.engine import merge_tensors
+from fusion._params import depths, layer_of
+from fusion.checkpoint import Checkpoint, natural
+from fusion.engine import _weights, merge_tensors
 from fusion.merge._draw import Draw
 from fusion.merge._factors import Factors, of_dense
 
@@ -48,25 +47,23 @@ def merge_adapters(
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists; give another directory or remove it")
-    opened = [Opened(name, read_adapter(Path(path))) for name, path in adapters.items()]
+    opened = [Opened.of(name, Path(path)) for name, path in adapters.items()]
     found = Method.of(method)
     given = dict(params or {})
     if found.unit == "adapter" and rank is not None:
         given["rank"] = rank
     fitted = found.check(given, len(opened), base=True, weights=weights is not None)
-    if weights is not None and len(weights) != len(opened):
-        raise ValueError(f"{len(weights)} weights for {len(opened)} adapters; give one each")
+    of_each = _weights(found, weights, len(opened)).tolist()
     _go_together(opened)
-    modules = sorted({module for one in opened for module in one.adapter.pairs}, key=_natural)
-    count = layer_count(modules)
+    modules = sorted({module for one in opened for module in one.adapter.pairs}, key=natural)
+    stacks = depths(modules)
     merged: dict[str, Factors] = {}
     for module in progress(modules, f"merging {len(opened)} adapters") if progress else modules:
         if found.unit == "adapter":
-            index = layer_index(module)
-            concrete = found.resolve(fitted, module, None if index is None else (index, count))
-            merged[module] = _on_factors(found, opened, module, weights, concrete, seed)
+            concrete = found.resolve(fitted, module, layer_of(module, stacks))
+            merged[module] = _on_factors(found, opened, module, of_each, concrete, seed)
         else:
-            merged[module] = _on_updates(method, opened, module, weights, given, rank, seed, count)
+            merged[module] = _on_updates(method, opened, module, weights, given, rank, seed, layer_of(module, stacks))
     _write(out, opened, merged)
     return out
 
@@ -77,14 +74,19 @@ class Opened:
 
     name: str
     adapter: Adapter
+    file: Checkpoint
+
+    @staticmethod
+    def of(name: str, directory: Path) -> Opened:
+        adapter = read_adapter(directory)
+        return Opened(name, adapter, Checkpoint.open(adapter.path))
 
     def factors(self, module: str) -> Factors | None:
         """float32 A (r, in), B (out, r) with the scale in B; None where the module is left as it is."""
         pair = self.adapter.pairs.get(module)
         if pair is None:
             return None
-        file = Checkpoint.open(self.adapter.path)
-        return load(file, pair.a).flatten(1), load(file, pair.b).flatten(1) * pair.scale
+        return load(self.file, pair.a).flatten(1), load(self.file, pair.b).flatten(1) * pair.scale
 
     def shapes(self, module: str) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
         """Of A behind its rank, of B without its rank, and whether it is an embedding's."""
@@ -94,10 +96,10 @@ class Opened:
 
 
 def _on_factors(
-    found: Method, opened: Sequence[Opened], module: str, weights: Any, params: Mapping[str, Any], seed: int
+    found: Method, opened: Sequence[Opened], module: str, weights: Sequence[float], params: Mapping[str, Any], seed: int
 ) -> Factors:
     factors, kept = [], []
-    for one, weight in zip(opened, weights if weights is not None else [1.0] * len(opened)):
+    for one, weight in zip(opened, weights, strict=True):
         pair = one.factors(module)
         if pair is not None:
             factors.append(pair)
@@ -115,15 +117,13 @@ def _on_updates(
     params: Mapping[str, Any],
     rank: int | None,
     seed: int,
-    layers: int,
+    layer: tuple[int, int] | None,
 ) -> Factors:
     pairs = [one.factors(module) for one in opened]
     ranks = [len(pair[0]) for pair in pairs if pair is not None]
     some = next(pair for pair in pairs if pair is not None)
     zeros = torch.zeros(some[1].shape[0], some[0].shape[1])
     updates = [zeros if pair is None else pair[1] @ pair[0] for pair in pairs]
-    index = layer_index(module)
-    layer = None if index is None else (index, layers)
     name = f"{module}.weight"
     update = merge_tensors(method, updates, base=zeros, weights=weights, seed=seed, name=name, layer=layer, **params)
     return of_dense(update, max(ranks) if rank is None else rank)
@@ -200,8 +200,4 @@ def _targets(opened: Sequence[Opened], merged: Iterable[str]) -> dict[str, Any]:
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     if all(one.adapter.pairs.keys() == first.pairs.keys() for one in opened):
         return {key: first.config.get(key) for key in keys}
-    return {"target_modules": sorted(merged, key=_natural)}
-
-
-def _natural(name: str) -> list[Any]:
-    return [(math.inf, step) if not step.isdigit() else (int(step), "") for step in name.split(".")]
+    return {"target_modules": sorted(merged, key=natural)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusion._adapter_files import Adapter, Pair, read_adapter
-from fusion.checkpoint import Checkpoint, Entry
+from fusion.checkpoint import Checkpoint, Entry, region
 
 if TYPE_CHECKING:
     from fusion.checkpoint import Source
@@ -153,10 +153,7 @@ def _ending(names: Iterable[str], modules: Collection[str]) -> list[str]:
 
 def load(source: Checkpoint, key: str) -> Tensor:
     """A whole tensor of a file in float32, in its shape."""
-    entry = source.entries[key]
-    flat = torch.empty(entry.numel, dtype=entry.dtype)
-    source.read(key, 0, entry.numel, flat)
-    return flat.float().reshape(entry.shape)
+    return region(source, key).float().reshape(source.entries[key].shape)
 
 
 class _Prefix:

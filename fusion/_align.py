@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fusion import words
-from fusion.data import encode
+from fusion._features import Features, paired
+from fusion._whole import read_whole, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from alignment.maps import Maps
     from alignment.spaces import Spaces
+    from alignment.vocab import VocabMap
     from fusion.checkpoint import Source
     from fusion.job import Job
 
-TOKENS = 16384  # on which layers are compared
-BATCH = 256  # tokens of one text that are compared together
 GAP = 0.05  # of CKA: what it costs to leave a layer without counterpart
 
 
@@ -42,6 +42,7 @@ class Pair:
     target: Side
     donor: Side
     folded: bool
+    vocab: VocabMap | None = None  # the donor's tokens into the target's, where they are not the same
 
     @property
     def deeper(self) -> bool:
@@ -51,88 +52,101 @@ class Pair:
         return len(layer_types(self.target.spaces)) != len(layer_types(self.donor.spaces))
 
 
-def pair_of(job: Job, target: str, donor: str, untie: bool) -> Pair:
-    """Both networks, read; ValueError where their vocabularies are not the same."""
+def pair_of(
+    job: Job, target: str, donor: str, untie: bool, only: Sequence[str] | None = None, *, text: bool = False
+) -> Pair:
+    """Both networks, read, in which nothing moves but the spaces called like one of `only` (None: all).
+
+    Raises ValueError where their tokens are not the same, unless the networks are compared on `text`, and for spaces
+    of other sizes that are to stay.
+    """
     from alignment import find_family
     from alignment.families._table import FOLDED
 
     sources = {name: job.source(name) for name in dict.fromkeys((target, donor))}
-    _same_tokens(job, sources[target], sources[donor], target, donor)
+    vocab = _other_tokens(job, sources[target], sources[donor], target, donor, text)
     spaces = {name: find_family(source.config, frozenset(source.entries)) for name, source in sources.items()}
     tied = any(one.ties for one in spaces.values())
     if untie and not spaces[target].ties:
         raise ValueError(f"{job.place}.untie: the head of {target} is not tied")
-    grows = all(
+    turns = only is None or spaces[target].only(only).by_name["residual"].group != "fixed"
+    grows = turns and all(
         one.norms
         and find_family({**sources[name].config, FOLDED: True}).by_name["residual"].group
         != one.by_name["residual"].group
         for name, one in spaces.items()
     )
     folded = untie or (grows and not tied)
-    sides = [_side(name, sources[name], spaces[name], folded) for name in (target, donor)]
-    return Pair(sides[0], sides[1], folded)
+    sides = [_side(name, sources[name], spaces[name], folded, only) for name in (target, donor)]
+    for space in sides[0].spaces.spaces if only is not None else ():
+        other = sides[1].spaces.by_name.get(space.name)
+        if space.group == "fixed" and other is not None and other.size != space.size and space.name != "vocabulary":
+            raise ValueError(
+                f"{job.place}.spaces: '{space.name}' is not among them, and cannot stay as it is: it has {space.size} "
+                f"units in {target} and {other.size} in {donor}"
+            )
+    return Pair(sides[0], sides[1], folded, vocab)
 
 
-def _side(name: str, source: Source, spaces: Spaces, folded: bool) -> Side:
-    import torch
-
+def _side(name: str, source: Source, spaces: Spaces, folded: bool, only: Sequence[str] | None) -> Side:
     from alignment import find_family, fold
 
-    stored: dict[str, Tensor] = {}
-    for key, entry in source.entries.items():
-        values = torch.empty(entry.numel, dtype=entry.dtype)
-        source.read(key, 0, entry.numel, values)
-        stored[key] = values.view(entry.shape)
-    if not folded:
-        return Side(name, source, stored, stored, source.config, spaces)
-    tensors, config = fold(stored, source.config, untie=bool(spaces.ties))
-    return Side(name, source, stored, tensors, config, find_family(config, frozenset(tensors)))
+    stored = read_whole(source)
+    tensors, config = stored, source.config
+    if folded:
+        tensors, config = fold(stored, source.config, untie=bool(spaces.ties))
+        spaces = find_family(config, frozenset(tensors))
+    return Side(name, source, stored, tensors, config, spaces if only is None else spaces.only(only))
 
 
-def _same_tokens(job: Job, target: Source, donor: Source, *names: str) -> None:
-    """ValueError where both have tokenizers and these are not the same; without any, rows correspond by number."""
+def _other_tokens(
+    job: Job, target: Source, donor: Source, target_name: str, donor_name: str, text: bool
+) -> VocabMap | None:
+    """Which tokens have the same bytes, where both networks have tokenizers that differ; else None: rows correspond by
+    number. ValueError for those that differ where no text is there to compare the networks on."""
     from tokenizers import Tokenizer
 
-    files = [source.path / "tokenizer.json" for source in (target, donor)]
+    from alignment.vocab import VocabMap
+
+    files = [source.path / "tokenizer.json" for source in (donor, target)]
     if not all(file.is_file() for file in files):
-        return
-    one, other = (Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True) for file in files)
-    if one != other:
+        return None
+    other, one = (Tokenizer.from_file(str(file)) for file in files)
+    if one.get_vocab() == other.get_vocab():
+        return None
+    if not text:
         raise ValueError(
-            f"{job.place}: {names[0]} and {names[1]} have other tokens, {len(one)} and {len(other)}; give the donor "
-            f"the target's first: retokenize: {{out: ..., model: {names[1]}, base: {names[0]}}}"
+            f"{job.place}: {target_name} and {donor_name} have other tokens, {one.get_vocab_size()} and "
+            f"{other.get_vocab_size()}; give the donor the target's first: retokenize: {{out: ..., model: "
+            f"{donor_name}, base: {target_name}}}, or compare them on text (features: activations) and keep the "
+            "target's embeddings and head"
         )
+    return VocabMap.exact(other, one)
 
 
 def likeness(job: Job, pair: Pair, data: str | None) -> dict[int, int]:
-    """The donor's layer of each target layer that has one, by linear CKA of their states on the same tokens."""
+    """The donor's layer of each target layer that has one, by linear CKA of their states on the same bytes."""
     import torch
 
-    from alignment.layers import LinearCKA, layer_types, match_layers
+    from alignment.layers import LinearCKA, match_layers, types_of_both
     from fusion import sources
 
-    types = layer_types(pair.target.spaces), layer_types(pair.donor.spaces)
+    types = types_of_both(pair.target.spaces, pair.donor.spaces)
     if data is None:
         raise ValueError(
             f"{job.place}: {pair.target.name} has {len(types[0])} layers and {pair.donor.name} {len(types[1])}; give "
             "data, on which layers are compared"
         )
-    found, seen = LinearCKA(), 0
-    directories = [job.model(side.name) for side in (pair.target, pair.donor)]
-    tokenizer = sources.load_tokenizer(directories[0])
-    models = [sources.load_model(directory, device=job.device) for directory in directories]
-    for document in job.progress(job.documents(data), "layers compared"):
-        ids = torch.from_numpy(encode(tokenizer, document).ids[:BATCH])[None].to(job.device)
-        if ids.shape[1] < 4:
-            continue
+    found = LinearCKA()
+    models = [sources.load_model(job.model(side.name), device=job.device) for side in (pair.target, pair.donor)]
+    for batch in paired(job, pair, data, "layers compared", least=4):
+        both = (models[0], batch.target, batch.target_rows), (models[1], batch.donor, batch.donor_rows)
         with torch.no_grad():
-            states = [model(ids, output_hidden_states=True, use_cache=False).hidden_states[1:] for model in models]
-        found.add(*([one[0].cpu() for one in side] for side in states))
-        seen += ids.shape[1]
-        if seen >= TOKENS:
-            break
-    if not seen:
-        raise ValueError(f"{job.place}.data: no document of {data} has four tokens")
+            states = [
+                [one[0, rows].cpu() for one in model(**given, output_hidden_states=True).hidden_states[1:]]
+                for model, given, rows in both
+            ]
+        found.add(*states)
     layers = match_layers(found.similarity(), gap=GAP, types=types)
     if not layers:
         raise ValueError(f"{job.place}: no layer of {pair.donor.name} corresponds to one of {pair.target.name}")
@@ -140,21 +154,33 @@ def likeness(job: Job, pair: Pair, data: str | None) -> dict[int, int]:
 
 
 def aligned(
-    pair: Pair, word: str, params: Mapping[str, Any], layers: Mapping[int, int] | None, sweeps: int, seed: int
+    pair: Pair,
+    word: str,
+    params: Mapping[str, Any],
+    layers: Mapping[int, int] | None,
+    sweeps: int,
+    seed: int,
+    features: Features,
+    found: Maps | None = None,
 ) -> tuple[Maps, dict[str, Tensor]]:
-    """The maps, and the donor in the target's units, with the target's gains and dtypes."""
+    """The maps, unless they are `found` already, and the donor in the target's units, with its gains and dtypes."""
     from alignment import align, unfold
 
     target, donor = pair.target, pair.donor
     function = words.load("match", word)
     match = partial(function, **params) if params else function
-    maps = align(
+    maps = found or align(
         *(target.tensors, donor.tensors, target.spaces, donor.spaces),
+        features=features.tables,
         match=match,
+        vocab=pair.vocab,
         layers=layers,
         sweeps=sweeps,
         seed=seed,
     )
+    if pair.vocab is not None:
+        rows = [part.key for part in target.spaces.parts if any(axis.space == "vocabulary" for axis in part.axes)]
+        maps = replace(maps, kept={**maps.kept, **dict.fromkeys(rows, "target and donor have other tokens")})
     carried = maps.carry(donor.tensors, into=target.tensors)
     if pair.folded:
         carried, _ = unfold(carried, target.config, target.stored)
@@ -166,67 +192,7 @@ def aligned(
 
 def written(job: Job, pair: Pair, tensors: Mapping[str, Tensor], shard_size: int) -> None:
     """The checkpoint, with the target's tokenizer and configuration."""
-    from fusion._carry import carry
-    from fusion.checkpoint import Entry, Writer, layout
-
-    shards = layout([Entry(name, tuple(t.shape), t.dtype, t.dtype) for name, t in tensors.items()], shard_size)
-    Writer.create(job.directory, shards)
-    writer = Writer(job.directory, shards)
-    for name in job.progress(list(tensors), f"{job.name}: tensors"):
-        writer.write(name, 0, tensors[name].contiguous().flatten())
-    writer.sync()
-    writer.close()
     config = dict(pair.target.source.config)
     if pair.folded and pair.target.config.get("tie_word_embeddings") is False:
         config["tie_word_embeddings"] = False
-    carry(job.directory, config, shards, pair.target.source, pair.target.source)
-
-
-def report(pair: Pair, maps: Maps, tensors: Mapping[str, Tensor], layers: Mapping[int, int] | None) -> dict[str, Any]:
-    """What came from where: parts and units that stay the target's, parts of the donor left out, each space's match,
-    and how far the donor's weights are from the target's, before and after, relative to these."""
-    lacking = maps.lacking(pair.donor.tensors)
-    spaces = {}
-    for space in pair.target.spaces.spaces:
-        if space.name in maps.maps:
-            spaces[space.name] = _space(maps, space.name)
-    found: dict[str, Any] = {
-        "folded": pair.folded,
-        "from_target": lacking.kept,
-        "units_from_target": lacking.units,
-        "left_out": list(lacking.left),
-        "distance": {"aligned": _distance(pair.target.stored, tensors)},
-        "spaces": spaces,
-    }
-    shapes = [{name: one.shape for name, one in side.stored.items()} for side in (pair.target, pair.donor)]
-    if shapes[0] == shapes[1]:
-        found["distance"]["naive"] = _distance(pair.target.stored, pair.donor.stored)
-    if layers is not None:
-        found["layers"] = {str(own): other for own, other in layers.items()}
-    return found
-
-
-def _space(maps: Maps, name: str) -> dict[str, Any]:
-    from alignment.maps import Index, Plan
-    from alignment.match._plan import quality
-
-    map, own, other = maps.maps[name], maps.target.by_name[name], maps.source.by_name[name]
-    found: dict[str, Any] = {"group": own.group, "units": own.size, "donor_units": other.size}
-    if isinstance(map, Index):
-        found["moved"] = int((map.index != map.index.new_tensor(range(own.size))).sum())
-        found["matched"] = float((map.index >= 0).double().mean())
-    elif isinstance(map, Plan):
-        plan = map.even.flatten(0, -2) / map.even.shape[-2] if map.even.dim() == 2 else map.even[0] / own.size
-        told = quality(plan)
-        found["matched"] = float((map.even.sum(-1) > 0).double().mean())
-        found["marginal_error"] = told.marginal_error
-        found["effective_support"] = told.effective_support
-        found["largest_share"] = told.largest_share
-    return found
-
-
-def _distance(target: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    names = [name for name, one in target.items() if name in other and one.is_floating_point()]
-    apart = sum(float((target[name].float() - other[name].float()).double().square().sum()) for name in names)
-    size = sum(float(target[name].float().double().square().sum()) for name in names)
-    return (apart / max(size, 1e-300)) ** 0.5
+    write_whole(job, job.directory, tensors, config, pair.target.source, shard_size)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusion import _keys, words
+from fusion._among import check_among
 from fusion._files import header
 from fusion._say import bytes_of
+
+SILENT = ("bert", "vit")  # families that predict no next token
 
 if TYPE_CHECKING:
     from alignment.spaces import Spaces
@@ -22,10 +25,9 @@ def check(view: View) -> None:
         raise ValueError(
             f"{place}.match: procrustes is what spaces that rotate take by themselves; name a word for units"
         )
-    if fields["features"] != "weights":
-        raise ValueError(
-            f"{place}.features: units are described by their weights here, and '{fields['features']}' isn't"
-        )
+    features, _ = words.parse("features", fields["features"], f"{place}.features")
+    if features != "weights" and fields["data"] is None:
+        raise ValueError(f"{place}: features '{features}' are read off data; give: data")
     if fields["sweeps"] < 1:
         raise ValueError(f"{place}.sweeps: it is {fields['sweeps']} and must be at least 1")
     bytes_of(fields["shard_size"], f"{place}.shard_size")
@@ -36,6 +38,11 @@ def check(view: View) -> None:
         if config is None:
             continue
         _family(config, f"{place}.{field}")
+        if features != "weights" and config["model_type"] in SILENT:
+            raise ValueError(
+                f"{place}.features: '{features}' are those of language models on text, and {name} is none "
+                f"({config['model_type']}); give weights"
+            )
         if name in view.recipe.models and view.kinds.get(name) == "directory":
             from alignment import find_family
 
@@ -44,6 +51,10 @@ def check(view: View) -> None:
                 tables[field] = find_family(config, frozenset(found.tensors))
             except ValueError as error:
                 raise ValueError(f"{place}.{field}: {error}") from None
+    if fields["spaces"] is not None:
+        tables = {field: _only(table, fields["spaces"], f"{place}.spaces") for field, table in tables.items()}
+    if fields["among"] is not None:
+        check_among(view, tables, match, features)
     if len(tables) == 2:
         _comparable(tables["target"], tables["donor"], fields, place)
 
@@ -61,6 +72,13 @@ def _family(config: Mapping[str, Any], place: str) -> None:
         )
 
 
+def _only(table: Spaces, globs: Sequence[str], place: str) -> Spaces:
+    try:
+        return table.only(globs)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
 def _comparable(target: Spaces, donor: Spaces, fields: Mapping[str, Any], place: str) -> None:
     from alignment._sizes import compare
     from alignment.layers import layer_types
@@ -76,6 +94,6 @@ def _comparable(target: Spaces, donor: Spaces, fields: Mapping[str, Any], place:
     if fields["untie"] and not target.ties:
         raise ValueError(f"{place}.untie: the head of {fields['target']} is not tied")
     try:
-        compare(target, donor, False, False)
+        compare(target, donor, fields["features"] != "weights", False)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None

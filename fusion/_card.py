@@ -6,6 +6,7 @@ import yaml
 
 from fusion._gather import Model, Report
 from fusion._pictures import duration
+from fusion._verdict import JOINS
 
 WHAT = {
     "target": "the model that was taught",
@@ -20,18 +21,16 @@ def card(report: Report) -> str:
     """The card as Markdown with YAML front matter; without a licence, because that follows from the sources'."""
     subject = report.result or report.hero or report.recipe
     sources = [model for model in report.models if model.source]
+    verbs = {step.verb for step in report.steps}
+    joins = not verbs.isdisjoint(JOINS)
     front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     hubs = [
         str(model.source["hub"]) for model in sources if "hub" in model.source and model.role in ("target", "teacher")
     ]
     if hubs:
         front["base_model"] = hubs
-        front["base_model_relation"] = "merge" if any(step.verb == "merge" for step in report.steps) else "finetune"
-    verbs = dict.fromkeys(step.verb for step in report.steps)
-    tags = [
-        "fusion",
-        *(tag for verb, tag in (("distill", "knowledge-distillation"), ("merge", "merge")) if verb in verbs),
-    ]
+        front["base_model_relation"] = "merge" if joins else "finetune"
+    tags = ["fusion", *["knowledge-distillation"] * ("distill" in verbs), *["merge"] * joins]
     front["tags"] = tags
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",

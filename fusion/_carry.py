@@ -11,7 +11,7 @@ from typing import Any
 from fusion._composed import homes
 from fusion.checkpoint import Shard, Source
 
-FILES = (
+TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -23,6 +23,9 @@ FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+)
+FILES = (
+    *TOKENIZER,
     "preprocessor_config.json",
     "processor_config.json",
     "generation_config.json",
@@ -32,8 +35,11 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def carry(directory: Path, config: Mapping[str, Any], shards: Sequence[Shard], target: Source, speaker: Source) -> None:
     """Writes all of it; `target` is what the weights look like, `speaker` whose tokenizer and templates they get."""
+    speaks = any((home / "tokenizer.json").is_file() for home in homes(speaker))
     for name in FILES:
-        found = next((home / name for home in (*homes(speaker), *homes(target)) if (home / name).is_file()), None)
+        # a tokenizer with another one's template or merges is none
+        places = homes(speaker) if speaks and name in TOKENIZER else (*homes(speaker), *homes(target))
+        found = next((home / name for home in places if (home / name).is_file()), None)
         if found is not None:
             shutil.copyfile(found, directory / name)
     if (speaker.path / "chat_templates").is_dir():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,7 +113,10 @@ def source(
 def homes(source: Source) -> list[Path]:
     """The directories where a model's tokenizer and configuration may lie, the nearest first."""
     from fusion._adapters import Adapted
+    from fusion._names import Renamed
 
+    if isinstance(source, Renamed):
+        return homes(source.model)
     if isinstance(source, Adapted):
         return [source.path, *homes(source.base)]
     return [source.path, source.home] if isinstance(source, _sharded.Sharded) else [source.path]
@@ -134,7 +136,7 @@ def written(source: Source, cache: Path) -> Path:
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def make(folder: Path) -> None:
-        _write(source, folder / "model.safetensors")
+        _write(source, folder)
         (folder / "config.json").write_text(json.dumps(source.config, indent=2, sort_keys=True) + "\n")
         for file in carried:
             shutil.copyfile(file, folder / file.name)
@@ -144,24 +146,15 @@ def written(source: Source, cache: Path) -> Path:
     return made_once(cache / f"composed-{digest}", make)
 
 
-def _write(source: Source, file: Path) -> None:
+def _write(source: Source, folder: Path) -> None:
     """All tensors of the source in one safetensors file, a chunk at a time."""
-    import torch
+    from fusion.checkpoint import Writer, region, shard
 
-    from fusion.checkpoint import NAMES
-
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    whole = (shard("model.safetensors", list(source.entries.values())),)
+    Writer.create(folder, whole)
+    writer = Writer(folder, whole)
     for name, entry in source.entries.items():
-        size = entry.numel * entry.dtype.itemsize
-        header[name] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [place, place + size]}
-        place += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name, entry in source.entries.items():
-            for start in range(0, entry.numel, CHUNK):
-                buffer = torch.empty(min(CHUNK, entry.numel - start), dtype=entry.dtype)
-                source.read(name, start, start + len(buffer), buffer)
-                stream.write(buffer.view(torch.uint8).numpy().data)
+        for start in range(0, entry.numel, CHUNK):
+            writer.write(name, start, region(source, name, start, min(start + CHUNK, entry.numel)))
+    writer.sync()
+    writer.close()

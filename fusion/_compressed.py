@@ -14,6 +14,7 @@ itself takes 16 or 32. config.json and the tokenizer's files are copied beside t
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -25,11 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusion._carry import carry
 from fusion._method import Method, Region
+from fusion._params import depths, layer_of
 from fusion._say import nearest
-from fusion.checkpoint import Checkpoint, Entry, Source, Writer, layout
+from fusion.checkpoint import Checkpoint, Entry, Source, Writer, layout, region
 from fusion.merge._x import Running
 from fusion.merge.compeft import ternary
+from fusion.merge.one_bit import magnitudes
 
 SETTINGS, FILE = "compression.json", "compression.safetensors"
 WORDS = ("one_bit", "compeft")
@@ -60,9 +64,8 @@ class Compressed:
         if f"{name}/scale" not in self.bits.entries:
             self.base.read(name, start, stop, into)
             return
-        below = torch.empty(stop - start, dtype=self.base.entries[name].dtype)
-        self.base.read(name, start, stop, below)
-        scale = float(_read(self.bits, f"{name}/scale", 0, 1))
+        below = region(self.base, name, start, stop)
+        scale = float(region(self.bits, f"{name}/scale", 0, 1))
         into.copy_(below).add_(self._signs(name, start, stop), alpha=scale)
 
     def _signs(self, name: str, start: int, stop: int) -> Tensor:
@@ -72,7 +75,7 @@ class Compressed:
         page = start // PAGE
         first = page * PAGE
         kept = _bits(self.bits, f"{name}/kept", first, stop)
-        begin = int(_read(self.bits, f"{name}/before", page, page + 1)) + int(kept[: start - first].sum())
+        begin = int(region(self.bits, f"{name}/before", page, page + 1)) + int(kept[: start - first].sum())
         kept = kept[start - first :].bool()
         signs = _bits(self.bits, f"{name}/signs", begin, begin + int(kept.sum()))
         out = torch.zeros(stop - start)
@@ -106,7 +109,9 @@ def open_compressed(directory: Path | str, base: Source | None) -> Compressed:
     return Compressed(directory, base, bits, entries)
 
 
-def compress(method: str, model: Source, base: Source, out: Path | str, **params: Any) -> Compressed:
+def compress(
+    method: str, model: Source, base: Source, out: Path | str, params: Mapping[str, Any] | None = None
+) -> Compressed:
     """Writes what is left of model - base by one_bit or compeft into the new directory `out`, and opens it.
 
     Raises ValueError for another method or a parameter that it does not have, for tensors that the base does not have
@@ -117,13 +122,20 @@ def compress(method: str, model: Source, base: Source, out: Path | str, **params
         raise ValueError(f"'{method}' does not compress{nearest(method, WORDS)}")
     if out.exists():
         raise ValueError(f"{out} exists; compressed task vectors go into a new directory")
-    word = Method.of(method)
-    given = word.check({**params, "scope": "tensor"} if "scope" in word.parameters else params, 1)
-    changed = _changed(model, base)
+    word, params = Method.of(method), dict(params or {})
+    given = word.check(params, 1)
+    if word.scope(given) == "model":
+        raise ValueError(f"{method}: scope is model, and task vectors are compressed tensor by tensor")
+    changed, stacks = _changed(model, base), depths(model.entries)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    pieces = {name: _plan(word, word.resolve(given, name), model, base, name) for name in changed}
+    pieces = {
+        name: _plan(word, word.resolve(given, name, layer_of(name, stacks)), model, base, name) for name in changed
+    }
+    for name, piece in pieces.items():
+        if not math.isfinite(piece.scale):
+            raise ValueError(f"{name} of {model.path} has NaN or infinity in it; compressed, all of it would be")
     entries = [entry for name in changed for entry in _entries(name, base.entries[name].numel, pieces[name])]
     shards = tuple(replace(shard, file=FILE) for shard in layout(entries, 1 << 62))
     Writer.create(partial, shards)
@@ -134,9 +146,7 @@ def compress(method: str, model: Source, base: Source, out: Path | str, **params
     writer.close()
     settings = {"format": 1, "method": method, "params": params, "base": _check(base, sorted(changed))}
     (partial / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    for file in model.path.iterdir() if model.path.is_dir() else ():
-        if file.suffix in (".json", ".model", ".txt", ".jinja") and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, partial / file.name)
+    carry(partial, model.config, (), model, model)
     partial.rename(out)
     return open_compressed(out, base)
 
@@ -152,7 +162,7 @@ class _Piece:
 
 
 def _changed(model: Source, base: Source) -> list[str]:
-    """Names of tensors that are not the base's, bit for bit."""
+    """Names of tensors whose numbers are not the base's."""
     changed = []
     if missing := sorted(base.entries.keys() - model.entries.keys()):
         raise ValueError(
@@ -174,13 +184,10 @@ def _changed(model: Source, base: Source) -> list[str]:
 
 def _chunks(model: Source, base: Source, name: str) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(start, (1, n) of the model, (n,) of the base), float32, one after another."""
-    entry, other = model.entries[name], base.entries[name]
-    for start in range(0, entry.numel, CHUNK):
-        stop = min(start + CHUNK, entry.numel)
-        mine, below = torch.empty(stop - start, dtype=entry.dtype), torch.empty(stop - start, dtype=other.dtype)
-        model.read(name, start, stop, mine)
-        base.read(name, start, stop, below)
-        yield start, mine.float().unsqueeze(0), below.float()
+    numel = model.entries[name].numel
+    for start in range(0, numel, CHUNK):
+        stop = min(start + CHUNK, numel)
+        yield start, region(model, name, start, stop).float().unsqueeze(0), region(base, name, start, stop).float()
 
 
 def _plan(word: Method, params: Mapping[str, Any], model: Source, base: Source, name: str) -> _Piece:
@@ -194,7 +201,7 @@ def _plan(word: Method, params: Mapping[str, Any], model: Source, base: Source, 
             running.add(number, word.call_pass(index, region, params))
         stats = word.settle({**stats, **running.values()}, params)
     if word.word == "one_bit":
-        return _Piece(params["scale"] * float((stats["magnitude"] / stats["count"]).float()))
+        return _Piece(params["scale"] * float(magnitudes(stats)))
     least, before = float(stats["threshold"]), [0]
     for _, tensors, below in _chunks(model, base, name):
         for page in ternary(tensors[0] - below, least).split(PAGE):
@@ -243,16 +250,10 @@ def _packed(bits: Tensor) -> Tensor:  # (n,) bool
     return torch.from_numpy(np.packbits(bits.numpy(), bitorder="little"))
 
 
-def _read(source: Source, name: str, start: int, stop: int) -> Tensor:
-    out = torch.empty(stop - start, dtype=source.entries[name].dtype)
-    source.read(name, start, stop, out)
-    return out
-
-
 def _bits(source: Checkpoint, name: str, start: int, stop: int) -> Tensor:
     """(stop - start,) uint8 bits [start, stop) of a packed tensor."""
     first = start // 8
-    packed = _read(source, name, first, max(first, -(-stop // 8)))
+    packed = region(source, name, first, max(first, -(-stop // 8)))
     return torch.from_numpy(np.unpackbits(packed.numpy(), bitorder="little")[start - first * 8 : stop - first * 8])
 
 
@@ -261,6 +262,6 @@ def _check(base: Source, names: list[str]) -> str:
     crc = 0
     for name in names:
         if name in base.entries:
-            head = _read(base, name, 0, min(FIRST, base.entries[name].numel))
+            head = region(base, name, 0, min(FIRST, base.entries[name].numel))
             crc = zlib.crc32(head.view(torch.uint8).numpy().tobytes(), zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"

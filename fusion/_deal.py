@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fusion._method import Method
-from fusion._regions import Recipe, row_length
+from fusion._regions import Recipe
 from fusion._tasks import Task
 from fusion.checkpoint import natural
-from fusion.merge._x import BLOCK
+from fusion.merge._sums import BLOCK, row_length
 
 CHUNK = 256 * BLOCK  # elements: with fewer, what Python does for each region counts (docs/merging.md)
 OVERHEAD = 8  # float32 regions that a method makes for itself, besides two a model

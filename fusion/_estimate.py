@@ -16,6 +16,7 @@ CORE = 4e10  # floating-point operations a second of one CPU core in training; S
 ACCELERATOR = 6e13  # of one data-centre accelerator in bfloat16 at an ordinary share of its peak
 BASE = 6e8  # bytes of memory of a process with the libraries loaded
 MERGING = 6e-9  # seconds of one core for each number that a merge reads, between linear's (2e-9) and della's
+RUNS = {"zip": 2, "least_squares": 10}  # times that each network runs on all tokens: once, or for each input of a block
 TRAINING = 16  # bytes a parameter in float32: weights, gradients, two moments
 
 
@@ -127,6 +128,8 @@ def _need(planned: Planned, plan: Plan) -> Need:
     tokens = None if text is None else text / BYTES_PER_TOKEN
     if planned.step.verb == "merge":
         return _merge_need(planned, plan, sizes)
+    if planned.step.verb in RUNS:
+        return _joined_need(planned, largest)
     if planned.output == "model" and "train" in planned.word.names:
         tokens = _trained_tokens(planned, tokens)
         saves = (planned.fields.get("train") or {}).get("save_strategy") != "no"
@@ -153,6 +156,15 @@ def _merge_need(planned: Planned, plan: Plan, sizes: list[float | None]) -> Need
         return Need(_times(largest, each), 0, _plus(_times(largest, 0.2 * 4 * (2 * len(sizes) + 4)), BASE), None)
     seconds = 2 + MERGING * sum(known) / (os.cpu_count() or 1) if largest is not None else None
     return Need(_times(largest, each), 0, region + BASE / 2, seconds)
+
+
+def _joined_need(planned: Planned, largest: float | None) -> Need:
+    """All networks and the merged one at once, each as stored and as a module, on a number of tokens."""
+    count = len(planned.fields["models"])
+    tokens = planned.fields.get("tokens", 16384)
+    kept = count if planned.fields.get("heads") == "keep" else 1
+    seconds = _seconds(2 * RUNS[planned.step.verb] * count, largest, tokens)
+    return Need(_times(largest, 4 * kept), 0, _plus(_times(largest, 8 * (count + 1)), BASE), seconds)
 
 
 def _stored(planned: Planned, plan: Plan) -> float:

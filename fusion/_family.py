@@ -11,10 +11,20 @@ from torch import Tensor
 
 from fusion._method import Method, Region
 from fusion._say import nearest
+from fusion.merge._sums import whole_rows
 from fusion.merge._x import BLOCK, Outputs, Reading, Running, joined, values
 
 CHUNK = 256 * BLOCK  # elements a call sees; any other gives the same bits
 Layer = tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class After:
+    """A post word, as it follows on one tensor, with what it reads of the base's statistics."""
+
+    word: Method
+    params: Mapping[str, Any]
+    inputs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,10 +91,9 @@ class Family:
             )
         return True
 
-    @property
-    def equal(self) -> bool:
-        """Whether all that the method looks at is one and the same tensor."""
-        base = self.base if "base" in self.method.needs else None
+    def equal(self, after: Sequence[After]) -> bool:
+        """Whether all that the method looks at, and what follows, is one and the same tensor."""
+        base = self.base if any("base" in word.needs for word in (self.method, *(one.word for one in after))) else None
         return all(torch.equal(one, self.tensors[0]) for one in (*self.tensors[1:], *([] if base is None else [base])))
 
     def regions(self, unit: str, stats: Mapping[str, Tensor]) -> Iterator[Region]:
@@ -100,10 +109,7 @@ class Family:
                 models = torch.stack(list(models))
             yield replace(whole, tensors=models, base=base, inputs=self._inputs(0, numel))
             return
-        size = CHUNK
-        if unit == "row":
-            length = numel // self.shape[0] if len(self.shape) > 1 else numel
-            size = length * (1 << max(0, (CHUNK // length).bit_length() - 1))
+        size = whole_rows(self.shape, CHUNK) if unit == "row" else CHUNK
         for start in range(0, numel, size):
             stop = min(start + size, numel)
             tensors = torch.stack([_flat(one, start, stop) for one in self.tensors])
@@ -138,40 +144,51 @@ class Family:
             running.add(number, self.method.call_pass(index, region, params))
         return running.readings()
 
-    def merged(self, params: Mapping[str, Any], stats: Mapping[str, Tensor] | None = None) -> Outputs:
-        """The merged tensor with its by-products; `stats` are the whole model's, where the method goes by these."""
+    def merged(
+        self, params: Mapping[str, Any], stats: Mapping[str, Tensor] | None = None, after: Sequence[After] = ()
+    ) -> Outputs:
+        """The merged tensor with its by-products; `stats` are the whole model's, where the method goes by these.
+
+        `after` follows before anything is rounded.
+        """
         method = self.method
-        if self.copied or (self.equal and not method.extras and method.equal_stays(self.weights, params)):
+        stays = self.copied or (self.equal(after) and not method.extras and method.equal_stays(self.weights, params))
+        if self.copied or (stays and not after):
             return Outputs(self.tensors[0].clone())
-        if stats is None:
+        if stats is None and not stays:
             stats = {}
             for index in range(method.needed(params)):
                 stats = method.settle({**stats, **values(self.readings(index, params, stats))}, params, self.weights)
-        parts = [method.call(region, params) for region in self.regions(method.unit, stats)]
+        by_rows = method.unit == "element" and any(one.word.unit == "row" for one in after)
+        regions = self.regions("row" if by_rows else method.unit, stats or {})
+        parts = [_followed(_first(one) if stays else method.call(one, params), one, after) for one in regions]
         made = [{n: x for n, x in part.extras.items() if not isinstance(x, Tensor)} for part in parts]
         extras: dict[str, Any] = dict(joined(made))
         for name in parts[0].extras.keys() - extras.keys():
             extras[name] = torch.cat([x for part in parts if isinstance(x := part.extras[name], Tensor)], -1)
-        return Outputs(self._whole(method.word, [part.tensor for part in parts]), extras)
+        return Outputs(self._whole([part.tensor for part in parts]), extras)
 
-    def followed(self, word: Method, params: Mapping[str, Any], inputs: Mapping[str, Any], merged: Tensor) -> Tensor:
-        """The merged tensor after a post word, which reads `inputs` of the base."""
-        if self.copied:
-            return merged
-        parts = []
-        for region in self.regions("row" if word.unit == "row" else "element", {}):
-            part = _flat(merged, region.start, region.start + region.stacked.shape[1])
-            parts.append(word.call(replace(region, merged=part, inputs=inputs), params).tensor)
-        return self._whole(word.word, parts)
-
-    def _whole(self, word: str, parts: Sequence[Tensor]) -> Tensor:
+    def _whole(self, parts: Sequence[Tensor]) -> Tensor:
         whole = (parts[0] if len(parts) == 1 else torch.cat(list(parts))).reshape(self.shape)
         out = whole.to(self.tensors[0].dtype)
         if not bool(torch.isfinite(out).all()):
             raise ValueError(
-                f"{word} made numbers of '{self.name}' that {out.dtype} has no room for; look at weights and scale"
+                f"{self.method.word} made numbers of '{self.name}' that {out.dtype} has no room for; look at weights "
+                f"and scale"
             )
         return out
+
+
+def _first(region: Region) -> Outputs:
+    return Outputs(next(iter(region.tensors)))
+
+
+def _followed(found: Outputs, region: Region, after: Sequence[After]) -> Outputs:
+    out, base = found.tensor.reshape(-1), None if region.base is None else region.base.reshape(-1)
+    for one in after:
+        follows = replace(region, merged=out, base=base, inputs=one.inputs)
+        out = one.word.call(follows, one.params).tensor.reshape(-1)
+    return Outputs(out, found.extras) if after else found
 
 
 def _flat(tensor: Tensor, start: int, stop: int) -> Tensor:

@@ -72,7 +72,7 @@ def stamp(file: Path) -> tuple:
     return (str(file.resolve()), status.st_size, status.st_mtime_ns)
 
 
-def file_digest(file: Path, kind: str = "sha256") -> str:
+def file_digest(file: Path) -> str:
     """The file's sha256 in hex, remembered while its size and time stay; hub blobs carry theirs in their name."""
     real = file.resolve()
     if real.parent.name == "blobs" and SHA256.fullmatch(real.name):

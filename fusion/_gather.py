@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from fusion import _verdict
+from fusion._align_report import Alignment, Barriers, read_alignment, read_barriers
 from fusion._merge_report import Merge, read_merge
 from fusion._readings import Ran, Scores, Store, Training, read_scores, read_step, read_store, read_training
+from fusion._tax import Tax, sentences, taxes
 from fusion._verdict import Difference
 from fusion.recipe import Recipe, Step
 
@@ -40,7 +42,10 @@ class Report:
     differences: list[Difference]  # every fused model against its rival
     stores: list[Store]
     training: list[Training]
+    taxes: list[Tax]
     merges: list[Merge]
+    alignments: list[Alignment]
+    barriers: list[Barriers]
     steps: list[Ran]
 
     @property
@@ -73,6 +78,8 @@ def gather(recipe: Recipe, steps: Sequence[tuple[Step, Path]]) -> Report:
     models.sort(key=lambda model: _verdict.ROLES.index(model.role))  # stable: the recipe's order within a role
     rivals = {m.name: _verdict.rival(m.name, recipe.steps, role, scores) for m in models if m.role == "fused"}
     hero = _verdict.hero(recipe.result, recipe.steps, role)
+    training = [read_training(step, directory) for step, directory in steps if step.verb in ("distill", "tune")]
+    paid = taxes(training, scores)
     return Report(
         recipe=recipe.name,
         file=str(recipe.path),
@@ -82,7 +89,9 @@ def gather(recipe: Recipe, steps: Sequence[tuple[Step, Path]]) -> Report:
         ),
         seed=recipe.seed,
         result=recipe.result,
-        verdict=_verdict.verdict(recipe.result, recipe.steps, scores),
+        verdict=sentences(paid, recipe.result)
+        if paid and hero is None
+        else _verdict.verdict(recipe.result, recipe.steps, scores),
         hero=hero,
         rival=rivals.get(hero) if hero is not None else None,
         models=models,
@@ -90,12 +99,19 @@ def gather(recipe: Recipe, steps: Sequence[tuple[Step, Path]]) -> Report:
             d for name, rival in rivals.items() if rival is not None for d in _verdict.differences(name, rival, scores)
         ],
         stores=[read_store(step, directory) for step, directory in steps if step.verb == "record"],
-        training=[read_training(step, directory) for step, directory in steps if step.verb in ("distill", "tune")],
+        training=training,
+        taxes=paid,
         merges=[
             merge
             for step, directory in steps
             if step.verb == "merge" and (merge := read_merge(step, directory)) is not None
         ],
+        alignments=[
+            one
+            for step, directory in steps
+            if step.verb == "align" and (one := read_alignment(step, directory)) is not None
+        ],
+        barriers=read_barriers([(step, directory) for step, directory in steps if step.verb == "evaluate"]),
         steps=[read_step(step, directory) for step, directory in steps],
     )
 

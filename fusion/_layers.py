@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion._misfit import called, shown
 from fusion._names import split
+from fusion._params import depths
 from fusion._say import nearest
 
 if TYPE_CHECKING:
@@ -73,21 +74,19 @@ def _prefix(source: Source) -> str:
     """What the names of a model's layers begin with; of several stacks (a vision tower's, a language model's) the one
     that is as deep as the configuration says, or else the one with most numbers."""
     sizes: Counter[str] = Counter()
-    depths: dict[str, int] = {}
     for name, entry in source.entries.items():
         if parts := split(name):
             sizes[parts[0]] += entry.numel
-            depths[parts[0]] = max(depths.get(parts[0], 0), parts[1] + 1)
     if not sizes:
         raise ValueError(f"{source.path} has no numbered layers to take")
     said = _count(source.config)
-    fitting = [prefix for prefix in sizes if said is None or depths[prefix] == said[1]] or list(sizes)
+    deep = depths(source.entries)
+    fitting = [prefix for prefix in sizes if said is None or deep[prefix] == said[1]] or list(sizes)
     return max(fitting, key=lambda prefix: sizes[prefix])
 
 
 def _depth(source: Source) -> int:
-    prefix = _prefix(source)
-    return 1 + max(parts[1] for name in source.entries if (parts := split(name)) and parts[0] == prefix)
+    return depths(source.entries)[_prefix(source)]
 
 
 def _count(config: Mapping[str, Any]) -> tuple[str, int] | None:

@@ -19,7 +19,7 @@ from fusion._joint import Joint
 from fusion._manifest import Manifest
 from fusion._merge_metrics import metrics
 from fusion._merge_plan import Planned, planned
-from fusion._params import layer_index
+from fusion._params import layer_of
 from fusion._partial import PLAN, Wait, alone, begun, left_over, meet, patient, prepare
 from fusion._pool import keep_freed_memory
 from fusion._regions import Reader, Work
@@ -69,7 +69,7 @@ def merge_checkpoints(
     only: Sequence[str] | None = None,
     copy: Sequence[str] | None = None,
     layers: Sequence[Mapping[str, Any]] | None = None,
-    names: Mapping[str, Mapping[str, str]] | None = None,
+    names: Mapping[str, Any] | None = None,  # model -> its table, see alignment.names
     statistics: Mapping[str, Path | str] | None = None,  # model -> safetensors; "base": the base's
     dtype: str | None = None,
     seed: int = 0,
@@ -136,12 +136,14 @@ def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
     manifest = Manifest(directory, run.rank)
     chunk, slots = fitted(len(plan.inputs.models), run.memory, run.threads, run.chunk)
     method = plan.recipe.method if plan.recipe else None
+    # what works by region would spend its time on the way to an accelerator and back
+    device = run.device if method is not None and method.unit == "tensor" else "cpu"
     shares = dealt(plan.recipe, largest_first(method, plan.tasks), run.world, chunk)
     works = [_work(plan, share) for share in shares if share.rank == run.rank]
     before = torch.get_num_threads()
     keep_freed_memory()
     torch.set_num_threads(1)  # tensors run side by side instead: how a sum is split over threads would change its bits
-    reader = Reader(plan.inputs, plan.recipe, plan.sidecars, run.threads, run.device)
+    reader = Reader(plan.inputs, plan.recipe, plan.sidecars, device)
     show = run.progress(len(works), "merging") if run.progress else nullcontext()
     try:
         with show as bar:
@@ -186,8 +188,7 @@ def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
 
 def _work(plan: Planned, share: Share) -> Work:
     task = share.task
-    index = layer_index(task.name)
-    layer = None if index is None else (index, plan.layers)
+    layer = layer_of(task.name, plan.depths)
     recipe = plan.recipe
     merging = recipe is not None and task.action == "merge"
     params = recipe.method.resolve(recipe.params, task.name, layer) if merging and recipe is not None else {}

@@ -44,8 +44,7 @@ def adapters_alone(fields: Mapping[str, Any], recipe: Recipe) -> bool:
     return all(
         ref is not None
         and ref.base is not None
-        and ref.hub is None
-        and is_adapter(_keys.model_directory(recipe, ref.name))
+        and (ref.hub is not None or is_adapter(_keys.model_directory(recipe, ref.name)))
         for ref in refs
     )
 
@@ -80,6 +79,11 @@ def check(view: View) -> None:
             place=f"{place}.params",
         )
     if alone:
+        for name in (*PASSED, "statistics"):
+            if fields.get(name):
+                raise ValueError(
+                    f"{place}.{name}: adapters merge into an adapter, and '{name}' has nothing to say to that"
+                )
         return
     names = [*said.models, *([fields["base"]] if fields.get("base") else [])]
     opened = {name: headers_here(view, name) for name in dict.fromkeys(names)}

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from fusion import _ranks
+from fusion._adapter_files import is_adapter
 from fusion._merge import merge_checkpoints
 from fusion._progress import Progress
 from fusion._say import duration, size
@@ -58,6 +59,9 @@ def run(
 ) -> None:
     """Merges, and says what came out. options: those of `merge_checkpoints` that the command line gives as they are."""
     found, weights = parse_models(models)
+    if base is None and all(is_adapter(Path(path)) for path in found.values()):
+        _adapters(method, found, Path(out), weights, parse_params(params), post=post, **options)
+        return
     with _launched(Path(out)) as ranks:
         merged = merge_checkpoints(
             method,
@@ -75,6 +79,29 @@ def run(
         )
     if ranks.rank == 0:
         print(_told(out, merged.metrics), flush=True)
+
+
+def _adapters(
+    method: str,
+    adapters: Mapping[str, str],
+    out: Path,
+    weights: Sequence[float] | None,
+    params: dict[str, Any],
+    *,
+    seed: int,
+    **given: Any,
+) -> None:
+    """Adapters alone become an adapter; `--param rank=8` is its rank."""
+    from fusion._adapter_merge import merge_adapters
+    from fusion._merge_check import PASSED
+
+    for name in PASSED:
+        if given.get(name):
+            raise ValueError(f"--{name}: adapters merge into an adapter, and '{name}' has nothing to say to that")
+    rank = params.pop("rank", None)
+    directories = {name: Path(path) for name, path in adapters.items()}
+    merge_adapters(method, directories, out, weights=weights, rank=rank, params=params, seed=seed)
+    print(f"{out}: an adapter of {len(adapters)}", flush=True)
 
 
 def parse_models(models: Sequence[str]) -> tuple[dict[str, str], list[float] | None]:

@@ -10,9 +10,8 @@ import torch
 from fusion._deal import Share
 from fusion._manifest import Manifest
 from fusion._merge_plan import Planned
-from fusion._names import kind
+from fusion._names import kind, split
 from fusion._observe import reading
-from fusion._params import layer_index
 from fusion._regions import key
 from fusion._tasks import Task
 from fusion.merge._x import Sum, joined
@@ -28,7 +27,7 @@ def metrics(plan: Planned, shares: Sequence[Share], manifest: Manifest) -> dict[
         line = manifest.lines[key(share.task, share.start, share.stop)]
         parts.setdefault(share.task.name, []).append(line)
     found = {task.name: _added(parts[task.name]) for task in plan.tasks}
-    entries = [_entry(plan, task, parts[task.name][0]["action"], found[task.name]) for task in plan.tasks]
+    entries = [_entry(task, parts[task.name][0]["action"], found[task.name]) for task in plan.tasks]
     weights = plan.recipe.weights.tolist() if plan.recipe else None
     return {
         "method": plan.given["method"],
@@ -48,12 +47,12 @@ def _added(lines: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {name: one.value for name, one in joined(each).items()}
 
 
-def _entry(plan: Planned, task: Task, action: str, found: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _entry(task: Task, action: str, found: dict[str, torch.Tensor]) -> dict[str, Any]:
     kept = found.get("kept")
     return {
         "name": task.name,
         "shape": list(task.shape),
-        "layer": layer_index(task.name),
+        "layer": None if (parts := split(task.name)) is None else parts[1],
         "kind": kind(task.name),
         "action": ACTIONS[action],
         "numel": task.numel,

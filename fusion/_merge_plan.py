@@ -13,12 +13,13 @@ from typing import Any
 from fusion import __version__, words
 from fusion._files import file_digest
 from fusion._method import Method
-from fusion._params import layer_count
+from fusion._names import renamed
+from fusion._params import depths, layer_of
 from fusion._regions import Recipe
 from fusion._say import nearest
 from fusion._tasks import Inputs, Task, tasks
 from fusion.checkpoint import Checkpoint, Source, open_source
-from fusion.engine import _post, _weights
+from fusion.engine import _method, _post, _weights
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Planned:
     given: Mapping[str, Any]  # method, params ... as they were given
 
     @functools.cached_property
-    def layers(self) -> int:
-        return layer_count(task.name for task in self.tasks)
+    def depths(self) -> dict[str, int]:
+        return depths(task.name for task in self.tasks)
 
     @property
     def scope(self) -> str:
@@ -98,7 +99,7 @@ def planned(
     only: Sequence[str] | None = None,
     copy: Sequence[str] | None = None,
     layers: Sequence[Mapping[str, Any]] | None = None,
-    names: Mapping[str, Mapping[str, str]] | None = None,
+    names: Mapping[str, Any] | None = None,
     statistics: Mapping[str, Path | str] | None = None,
     dtype: str | None = None,
     seed: int = 0,
@@ -119,10 +120,15 @@ def planned(
         for name in table or {}:
             if name not in allowed:
                 raise ValueError(f"{what}: no model is called '{name}'{nearest(name, allowed)}")
-    inputs = Inputs(opened, ground, names or {})
+    target = ground if ground is not None else next(iter(opened.values()))
+    opened = {
+        name: renamed(name, one, names[name], target) if names and name in names else one
+        for name, one in opened.items()
+    }
+    inputs = Inputs(opened, ground)
     recipe = None
     if method is not None:
-        found = Method.of(method)
+        found = _method(method)
         fitted = found.check(params or {}, len(opened), base=ground is not None, weights=weights is not None)
         after = tuple(_post(one, ground is not None) for one in post or ())
         recipe = Recipe(found, fitted, _weights(found, weights, len(opened)), after, seed)
@@ -174,12 +180,9 @@ def _speaker(inputs: Inputs, tokenizer: str | None) -> Source:
 
 def _resolvable(plan: Planned, recipe: Recipe) -> None:
     """Every parameter has a value for every tensor, before the first one is read."""
-    from fusion._params import layer_index
-
     for task in plan.tasks:
         if task.action == "merge":
-            index = layer_index(task.name)
-            layer = None if index is None else (index, plan.layers)
+            layer = layer_of(task.name, plan.depths)
             recipe.method.resolve(recipe.params, task.name, layer)
             for word, given in recipe.post:
                 word.resolve(given, task.name, layer)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion import _pictures as draw
-from fusion._kinship import OUTLIER, warnings
+from fusion._kinship import OUTLIER, STRANGE, warnings
 from fusion._readings import is_number, numbers_of, optional_json
 from fusion.recipe import Step
 
@@ -192,7 +192,7 @@ def _strangers(merge: Merge) -> list[str]:
         return warnings(merge.models, merge.base, [length / (base * math.sqrt(2)) for length in lengths], lengths)
     k = len(merge.models)
     apart = [length / (base * math.sqrt(k - 1)) for length in lengths] if k > 1 else []
-    if apart and min(apart) > 0.9:
+    if apart and min(apart) > STRANGE:
         return [
             "The models have nothing to do with one another: their directions are at right angles, and a mean of such "
             "models is none. Align them first, or give the base that they share."

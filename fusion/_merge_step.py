@@ -20,7 +20,7 @@ class Asked:
     models: tuple[str, ...]
     weights: list[float] | None
     params: dict[str, Any]
-    names: dict[str, dict[str, str]]
+    names: dict[str, Any]
     statistics: dict[str, Path]
 
     @property
@@ -44,7 +44,7 @@ def asked(fields: Mapping[str, Any], place: str, folder: Path) -> Asked:
     allowed = {parameter.name: parameter for parameter in word.parameters} if word else {}
     weights: dict[str, float] = {}
     own: dict[str, dict[str, Any]] = {}
-    names: dict[str, dict[str, str]] = {}
+    names: dict[str, Any] = {}
     statistics = {name: folder / Path(path).expanduser() for name, path in statistics_of(fields).items()}
     for model, entry in entries.items():
         at = f"{place}.models.{model}"
@@ -52,11 +52,7 @@ def asked(fields: Mapping[str, Any], place: str, folder: Path) -> Asked:
             if key == "weight":
                 weights[model] = _number(value, f"{at}.weight")
             elif key == "names":
-                if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
-                    raise ValueError(
-                        f"{at}.names: {{its pattern: the target's pattern}} is needed here, not {value!r:.60}"
-                    )
-                names[model] = value
+                names[model] = _table(value, f"{at}.names")
             elif key in allowed and "Sequence" in allowed[key].annotation:
                 own.setdefault(key, {})[model] = value
             elif key in allowed:
@@ -103,6 +99,17 @@ def _entries(fields: Mapping[str, Any], place: str) -> dict[str, dict[str, Any]]
         model: entry if isinstance(entry, dict) else {} if entry is None else {"weight": entry}
         for model, entry in models.items()
     }
+
+
+def _table(value: Any, place: str) -> Any:
+    """A table of names, its rules well formed."""
+    from alignment.names import rules
+
+    try:
+        rules(value)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    return value
 
 
 def _number(value: Any, place: str) -> float:

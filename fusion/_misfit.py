@@ -4,7 +4,7 @@ weights, heads that are tied in one model and not in another."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,6 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
 SCALES = ("_scale", "_scale_inv", ".scales", ".absmax", ".qzeros", ".SCB", ".g_idx", ".quant_map", "_zero_point")
 CODES = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
-Named = Mapping[str, Mapping[str, str]]  # model -> {the target's name: its own}
 
 
 def called(model: str) -> str:
@@ -55,24 +54,22 @@ def refuse_codes(who: str, source: Source) -> None:
         )
 
 
-def tied_heads(inputs: Inputs, named: Named) -> Set[str]:
+def tied_heads(inputs: Inputs) -> Set[str]:
     """The target's heads that are left out, as every model says its head is its embedding and some store it all the
     same. ValueError where the head is the embedding in one model and not in another."""
-    every = {model: (source, named.get(model)) for model, source in inputs.everyone.items()}
-    heads = {head for source in inputs.everyone.values() for head in source.entries if _tail(head) in HEADS}
+    every = inputs.everyone
+    heads = {head for source in every.values() for head in source.entries if _tail(head) in HEADS}
     left: set[str] = set()
     for head in sorted(heads):
-        own = {model: head if table is None else table.get(head) for model, (_, table) in every.items()}
-        has = {model for model, name in own.items() if name is not None and name in inputs.source(model).entries}
-        partners = {model: _embedding(inputs.source(model)) for model in every}
+        has = [model for model, source in every.items() if head in source.entries]
+        partners = {model: _embedding(source) for model, source in every.items()}
         lacks = [model for model in every if model not in has and partners[model]]
-        if not has or not lacks or any(not _says_tied(inputs.source(model)) for model in lacks):
+        if not has or not lacks or any(not _says_tied(every[model]) for model in lacks):
             continue
         for model in sorted(has):
-            source, name = inputs.source(model), str(own[model])
-            if not _equal(source, name, partners[model]):
+            if not _equal(every[model], head, partners[model]):
                 raise ValueError(
-                    f"{called(model)} has a head of its own ({name}), and {called(lacks[0])} uses its embedding "
+                    f"{called(model)} has a head of its own ({head}), and {called(lacks[0])} uses its embedding "
                     f"(tie_word_embeddings): one of them has to be rewritten; untie the second (save lm_head.weight, "
                     f"tie_word_embeddings: false)"
                 )
@@ -110,23 +107,19 @@ def _equal(source: Source, one: str, other: str | None) -> bool:
     return True
 
 
-def refuse_gaps(
-    inputs: Inputs, named: Named, merging: Sequence[str], known: Set[str], only: Sequence[str] | None, hidden: Set[str]
-) -> None:
+def refuse_gaps(inputs: Inputs, merging: Sequence[str], only: Sequence[str] | None, hidden: Set[str]) -> None:
     """ValueError when a model lacks tensors that are to be merged, or has some that the target has no place for."""
-    target = called(inputs.target[0])
-    for model, table in named.items():
-        missing = [name for name in merging if name not in table]
+    target, known = called(inputs.target[0]), inputs.target[1].entries
+    for model, source in inputs.models.items():
+        missing = [name for name in merging if name not in source.entries]
         if missing:
             raise ValueError(
                 f"{called(model)} lacks {len(missing)} of the {len(merging)} tensors to merge: {some(missing)}; say "
                 f"with copy: (or only:) that they stay {target}'s, or with names: what it calls them"
             )
-        if inputs.names.get(model):
-            continue
         extra = [
             name
-            for name in table
+            for name in source.entries
             if name not in known
             and name not in hidden
             and (only is None or any(fnmatchcase(name, glob) for glob in only))
@@ -139,13 +132,13 @@ def refuse_gaps(
             )
 
 
-def refuse_shapes(inputs: Inputs, named: Named, merging: Sequence[str]) -> None:
+def refuse_shapes(inputs: Inputs, merging: Sequence[str]) -> None:
     """ValueError, with both shapes, when a tensor is not of one shape in all models."""
     first_name, first = inputs.target
     for name in merging:
         wanted = first.entries[name]
-        for model, table in named.items():
-            entry = inputs.models[model].entries[table[name]]
+        for model, source in inputs.models.items():
+            entry = source.entries[name]
             if entry.shape == wanted.shape:
                 continue
             both = f"{shown(entry)} in {called(model)} and {shown(wanted)} in {called(first_name)}"
@@ -165,12 +158,15 @@ def refuse_vocabularies(inputs: Inputs, merging: Sequence[str]) -> None:
     if not any(_tail(name) in (*EMBEDDINGS, *HEADS) for name in merging):
         return
     name, target = inputs.target
-    mine = target.path / "tokenizer.json"
+    mine = _tokenizer(target)
+    if mine is None:
+        return
+    first: dict[int, str] = {}
     for model, source in inputs.models.items():
-        other = source.path / "tokenizer.json"
-        if not (mine.is_file() and other.is_file()) or mine.read_bytes() == other.read_bytes():
+        other = _tokenizer(source)
+        if other is None or mine.read_bytes() == other.read_bytes():
             continue
-        first, second = _tokens(mine), _tokens(other)
+        first, second = first or _tokens(mine), _tokens(other)  # its own tokens are read once
         common = first.keys() & second.keys()
         odd = sorted(number for number in common if first[number] != second[number])
         if len(odd) > len(common) // 100:
@@ -178,6 +174,12 @@ def refuse_vocabularies(inputs: Inputs, merging: Sequence[str]) -> None:
                 f"{len(odd)} of {len(common)} tokens of {called(model)} and {called(name)} differ (row {odd[0]} is "
                 f"{second[odd[0]]!r} and {first[odd[0]]!r}): bring them to one vocabulary by a retokenize step first"
             )
+
+
+def _tokenizer(source: Source) -> Path | None:
+    from fusion._composed import homes
+
+    return next((file for home in homes(source) if (file := home / "tokenizer.json").is_file()), None)
 
 
 def _tokens(file: Path) -> dict[int, str]:
@@ -189,13 +191,13 @@ def _tokens(file: Path) -> dict[int, str]:
     return found | {added["id"]: added["content"] for added in content.get("added_tokens", ())}
 
 
-def refuse_dtypes(inputs: Inputs, named: Named, merging: Sequence[str]) -> None:
+def refuse_dtypes(inputs: Inputs, merging: Sequence[str]) -> None:
     """ValueError, with both dtypes, when a tensor is not of one dtype in all models: nothing is cast unasked."""
     everyone = inputs.everyone.items()
     for name in merging:
         found: dict[torch.dtype, str] = {}
         for model, source in everyone:
-            found.setdefault(source.entries[named[model][name] if model else name].stored, model)
+            found.setdefault(source.entries[name].stored, model)
         if len(found) > 1:
             (one, first), (other, second) = list(found.items())[:2]
             raise ValueError(

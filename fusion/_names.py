@@ -1,44 +1,65 @@
-"""Names of tensors: which of one model is which of another, and which layer it is in."""
+"""Names of tensors: a model under the names of another, and which layer a name is in."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment.names import Made, correspond
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusion.checkpoint import Entry, Source
 
 
-def renamed(names: Iterable[str], table: Mapping[str, str] | None, model: str) -> dict[str, str]:
-    """The target's name -> this model's own, by the first pattern that fits; a name that none fits stays as it is.
+@dataclass(frozen=True)
+class Renamed:
+    """A model that is read under the names of a target, tensors put together or cut where these are; a Source."""
 
-    table: {pattern of own names: pattern of the target's}, each * of the one is what a * of the other stood for.
-    """
-    found: dict[str, str] = {}
-    used: set[str] = set()
-    for own in names:
-        target = own
-        for pattern, into in (table or {}).items():
-            if fnmatchcase(own, pattern):
-                target = _filled(own, pattern, into, model)
-                used.add(pattern)
-                break
-        if target in found:
-            raise ValueError(f"names of {model}: {found[target]} and {own} would both be {target}")
-        found[target] = own
-    for pattern in table or {}:
-        if pattern not in used:
-            raise ValueError(f"names of {model}: no tensor is called like '{pattern}'")
-    return found
+    model: Source
+    made: Mapping[str, Made]
+    entries: Mapping[str, Entry]
+
+    @property
+    def path(self) -> Path:
+        return self.model.path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.model.config
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.model.files
+
+    def read(self, name: str, start: int, stop: int, into: Tensor) -> None:
+        shapes = {own: self.model.entries[own].shape for own, _, _ in self.made[name].stretches}
+        for own, first, at, count in self.made[name].runs(shapes, start, stop):
+            self.model.read(own, first, first + count, into[at : at + count])
 
 
-def _filled(own: str, pattern: str, into: str, model: str) -> str:
-    if into.count("*") > pattern.count("*"):
-        raise ValueError(f"names of {model}: '{into}' has more * than '{pattern}'")
-    regex = "(.*)".join(re.escape(part) for part in pattern.split("*"))
-    match = re.fullmatch(regex, own)
-    if match is None:
-        raise ValueError(f"names of {model}: '{pattern}' may hold *, and no other wildcard")
-    stars = iter(match.groups())
-    return "".join(part if part != "*" else next(stars) for part in re.split(r"(\*)", into))
+def renamed(name: str, model: Source, table: Any, target: Source) -> Renamed:
+    """The model under the target's names; ValueError, with its name, where not every tensor of it has its place."""
+    shapes = [{key: entry.shape for key, entry in one.entries.items()} for one in (model, target)]
+    try:
+        made = correspond(table, *shapes)
+    except ValueError as error:
+        raise ValueError(f"names of {name}: {error}") from None
+    entries = {}
+    for key, one in made.items():
+        parts = [model.entries[own] for own, _, _ in one.stretches]
+        odd = next((part for part in parts if (part.dtype, part.stored) != (parts[0].dtype, parts[0].stored)), None)
+        if odd is not None:
+            raise ValueError(
+                f"names of {name}: {key} would be {parts[0].name}, which is {str(parts[0].dtype)[6:]}, and {odd.name}, "
+                f"which is {str(odd.dtype)[6:]}"
+            )
+        entries[key] = type(parts[0])(key, one.shape, parts[0].dtype, parts[0].stored)
+    return Renamed(model, made, entries)
 
 
 def split(name: str) -> tuple[str, int, str] | None:

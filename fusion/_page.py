@@ -4,11 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 
 from fusion import _pictures as draw
+from fusion._align_page import aligned, barriers
 from fusion._appendix import numbers, provenance, runs
 from fusion._gather import Model, Report
 from fusion._merge_page import merged
 from fusion._pictures import esc
 from fusion._style import CSS
+from fusion._tune_page import learning, taxed
 
 ROLE = {
     "target": "target",
@@ -18,6 +20,7 @@ ROLE = {
     "other": "also here",
 }
 SHADES = {"teacher": 3, "baseline": 2, "fused": 4}
+MADE = ("target", "fused-0", "teacher-0", "fused-1", "baseline-0", "fused-2", "fused-3")  # where nothing is fused
 ARROW = ("arrow_bytes_per_token", "as Arrow lists")
 
 
@@ -28,9 +31,12 @@ def page(report: Report) -> str:
     sections = [
         _bits(report, colours),
         _against(report, colours),
-        _learning(report, colours),
+        taxed(report.taxes, colours, section),
+        learning(report.training, colours, section),
         _targets(report, colours),
         _blimp(report, colours),
+        barriers(report.barriers, section),
+        *(aligned(one, section) for one in report.alignments),
         *(merged(merge, colours, section) for merge in report.merges),
         _time(report, colours),
         numbers(report),
@@ -51,7 +57,15 @@ def page(report: Report) -> str:
 
 
 def palette(report: Report) -> dict[str, str]:
-    """Model name -> CSS colour: its role's, in shades where several share a role; the hero has the first green."""
+    """Model name -> CSS colour: its role's, in shades where several share a role; the hero has the first green.
+
+    In a run that fuses nothing, every model that it made has one of its own, as long as there are any.
+    """
+    if all(model.role == "other" for model in report.models):
+        made = [model.name for model in report.models if model.start is not None]
+        return {model.name: "other" for model in report.models} | {
+            name: MADE[number % len(MADE)] for number, name in enumerate(made)
+        }
     models = sorted(report.models, key=lambda model: model.name != report.hero)
     taken: dict[str, int] = {}
     found = {}
@@ -172,43 +186,6 @@ def _against(report: Report, colours: Mapping[str, str]) -> str:
     )
 
 
-CURVES = (
-    ("lm_loss", "Language-model loss", "nats a token"),
-    ("target_loss", "Target loss", "nats a token"),
-    ("loss", "Loss", "the algorithm's own"),
-    ("reward", "Reward", "mean of completions"),
-    ("rewards/margins", "Reward margin", "chosen less rejected"),
-    ("rewards/accuracies", "Pairs in the right order", "share"),
-    ("kl", "KL from the reference", "nats"),
-    ("online_update_kept", "Update kept by online merging", "share of entries"),
-    ("online_sign_conflicts", "Update against task vector", "share of entries with opposite signs"),
-    ("online_drift", "Distance from the reference", "of all weights"),
-)
-
-
-def _learning(report: Report, colours: Mapping[str, str]) -> str:
-    """Curves of all training steps on the same text, on one axis; the target loss beside them."""
-    drawn = ""
-    taught = {one.data for one in report.training if one.verb == "distill"}  # their texts come first
-    for data in sorted(dict.fromkeys(one.data for one in report.training), key=lambda data: data not in taught):
-        for key, title, unit in CURVES:
-            lines: list[draw.Line] = []
-            for one in (one for one in report.training if one.data == data):
-                language = one.settings.get("algorithm", "clm") in ("clm", "sft")
-                if key in ("lm_loss", "loss") and (key == "lm_loss") is not language:
-                    continue
-                found = "loss" if key == "lm_loss" and key not in one.curve else key
-                pairs = zip(one.curve.get("step", []), one.curve.get(found, []), strict=False)
-                points = [(x, y) for x, y in pairs if x is not None and y is not None]
-                if len(points) > 1:
-                    colour = colours.get(one.name, "other")
-                    lines.append(draw.Line(one.name, colour, points, dashed=colour in [line.colour for line in lines]))
-            if lines:
-                drawn += draw.curves(f"{title} on {data}", lines, f"{unit}, by training step")
-    lead = "Faint: what was logged. Full: its centred mean. The number is the last one of that mean."
-    return section("Training", lead, f'<div class="grid">{drawn}</div>') if drawn else ""
-
-
 def _targets(report: Report, colours: Mapping[str, str]) -> str:
     """How much of the text had a target, and what a token of a store costs."""
     blocks = ""
@@ -243,7 +220,8 @@ def _blimp(report: Report, colours: Mapping[str, str]) -> str:
         for model in report.models
         if model.scores.blimp and (model.role in ("target", "baseline") or model.name == report.hero)
     ]
-    shown = shown or [model for model in report.models if model.scores.blimp][:3]
+    paid = {name for tax in report.taxes for name in (tax.start, tax.model)}
+    shown = shown or [model for model in report.models if model.scores.blimp and (not paid or model.name in paid)][:3]
     if not shown:
         return ""
     shown.sort(key=lambda model: model.name == report.hero)

@@ -6,23 +6,24 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-EMBEDDINGS = ("embed", "emb", "wte", "wpe", "word_embeddings", "patch_embed")
+from fusion._names import split
+
 _FORMS = "{layers: [first, ..., last]}, {layers: [...], other: value} or {match: {pattern: value}}"
 
 
-def layer_index(name: str) -> int | None:
-    """The layer a tensor is in: the first number among the parts of its dotted name; experts' come later."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+def depths(names: Iterable[str]) -> dict[str, int]:
+    """How many layers each stack has (a vision tower, a language model), by what the names in it begin with."""
+    found: dict[str, int] = {}
+    for parts in map(split, names):
+        if parts is not None:
+            found[parts[0]] = max(found.get(parts[0], 0), parts[1] + 1)
+    return found
 
 
-def layer_count(names: Iterable[str]) -> int:
-    """One more than the largest layer index among the names; 0 without layers."""
-    return max((i + 1 for i in map(layer_index, names) if i is not None), default=0)
-
-
-def is_embedding(name: str) -> bool:
-    """Whether a part of the dotted name is, or starts with, one of the usual names of embeddings."""
-    return any(part.startswith(EMBEDDINGS) for part in name.split("."))
+def layer_of(name: str, depths: Mapping[str, int]) -> tuple[int, int] | None:
+    """Which layer of how many in its stack a tensor is in; None outside the layers."""
+    parts = split(name)
+    return None if parts is None else (parts[1], depths[parts[0]])
 
 
 def varies(value: Any) -> bool:
@@ -59,6 +60,8 @@ def resolved(value: Any, name: str, layer: tuple[int, int] | None, place: str) -
             if fnmatchcase(name, pattern):
                 return resolved(one, name, layer, place)
         raise ValueError(f"{place}: no pattern under match fits the tensor '{name}'; add a last one, '*'")
+    from fusion.merge._x import is_embedding
+
     anchors = [float(one) for one in value["layers"]]
     if layer is None:
         if "other" in value:

@@ -186,11 +186,16 @@ class Line:
     colour: str
     points: Sequence[tuple[float, float]]
     dashed: bool = False
+    printed: str = ""  # in the legend, instead of the last value
 
 
-def curves(title: str, lines: Sequence[Line], unit: str) -> str:
-    """Curves over training steps: what was logged, faint, under its smoothed course; last values in the legend."""
-    smoothed = {line.name: smooth([y for _, y in line.points], max(1, len(line.points) // 16)) for line in lines}
+def curves(title: str, lines: Sequence[Line], unit: str, exact: bool = False) -> str:
+    """Curves over training steps: what was logged, faint, under its smoothed course; last values in the legend.
+
+    exact: every point counts, and x is any number from 0 on.
+    """
+    widths = {line.name: 0 if exact else max(1, len(line.points) // 16) for line in lines}
+    smoothed = {line.name: smooth([y for _, y in line.points], widths[line.name]) for line in lines}
     last_step = max(x for line in lines for x, _ in line.points)
     low, high = _range([y for line in lines for _, y in line.points], [y for ys in smoothed.values() for y in ys])
 
@@ -201,7 +206,7 @@ def curves(title: str, lines: Sequence[Line], unit: str) -> str:
     for line in lines:
         raw = line.points[:: max(1, len(line.points) // RAW_POINTS)]
         style = f'style="--c:var(--{line.colour})"'
-        if len(line.points) > 8:
+        if len(line.points) > 8 and not exact:
             drawn += f'<polyline class="raw" {style} points="{" ".join(place(x, y) for x, y in raw)}"/>'
         course = " ".join(place(x, y) for (x, _), y in zip(line.points, smoothed[line.name], strict=True))
         drawn += f'<polyline class="course{" dashed" if line.dashed else ""}" {style} points="{course}"/>'
@@ -213,9 +218,10 @@ def curves(title: str, lines: Sequence[Line], unit: str) -> str:
     for x in ticks(0, last_step):
         at = 100 * x / last_step
         anchor = "end" if at > 97 else "start" if at < 1 else "middle"
-        grid += f'<text x="{at:.2f}%" y="100%" dy="1.5em" text-anchor="{anchor}">{count(x)}</text>'
+        grid += f'<text x="{at:.2f}%" y="100%" dy="1.5em" text-anchor="{anchor}">{short(x)}</text>'
     legend = "".join(
-        f"<span>{named(line.name, line.colour)}<b>{smoothed[line.name][-1]:.3f}</b></span>" for line in lines
+        f"<span>{named(line.name, line.colour)}<b>{line.printed or format(smoothed[line.name][-1], '.3f')}</b></span>"
+        for line in lines
     )
     inner = f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">{drawn}</svg>'
     return (
@@ -230,7 +236,8 @@ def _range(raw: Sequence[float], course: Sequence[float]) -> tuple[float, float]
     ordered = sorted(raw)
     low = min(min(course), ordered[len(ordered) // 100])
     high = max(max(course), ordered[(99 * len(ordered) - 1) // 100])
-    margin = 0.04 * (high - low) or max(abs(high), 1.0) * 0.05
+    level = high - low <= 1e-9 * abs(high)  # means of one number differ in its last bit
+    margin = max(abs(high), 1.0) * 0.05 if level else 0.04 * (high - low)
     return low - margin, high + margin
 
 

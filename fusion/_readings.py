@@ -14,6 +14,7 @@ CURVE_FIELDS = ["loss", "lm_loss", "target_loss", "target_share", "learning_rate
 CURVE_FIELDS += ["tokens_per_second", "seconds_per_step"]
 CURVE_FIELDS += ["reward", "rewards/margins", "rewards/accuracies", "kl"]  # of preferences and rewards
 CURVE_FIELDS += ["online_update_kept", "online_sign_conflicts", "online_drift"]
+CURVE_FIELDS += ["online_update_norm", "online_task_vector_norm", "online_merged_norm"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,11 +65,8 @@ def key(task: Task, start: int, stop: int) -> str:
 class Reader:
     """Reads what a method or a comparison wants to see; safe for threads, each with a slot of its own."""
 
-    def __init__(
-        self, inputs: Inputs, recipe: Recipe | None, sidecars: Mapping[str, Source], threads: int, device: str
-    ) -> None:
+    def __init__(self, inputs: Inputs, recipe: Recipe | None, sidecars: Mapping[str, Source], device: str) -> None:
         self.inputs, self.recipe, self.sidecars, self.device = inputs, recipe, sidecars, device
-        self.computing = threading.Semaphore(threads)
         self.lock = threading.Lock()
         self.bytes = 0
 
@@ -78,6 +74,11 @@ class Reader:
         source.read(name, start, stop, into)
         with self.lock:
             self.bytes += into.numel() * into.element_size()
+
+    def plain(self, task: Task) -> bool:
+        """Whether float32 regions tell if models agree: they have one dtype, and float32 holds all of it."""
+        dtypes = {source.entries[own].dtype for _, source, own in self._who(task)}
+        return len(dtypes) == 1 and dtypes != {torch.float64}
 
     def compare(self, work: Work, slot: Slot) -> None:
         """Finds out whether all models agree on a range; where they differ at once little is read."""
@@ -110,8 +111,7 @@ class Reader:
         for row, (_, source, own) in enumerate(who[k:] if sequential else who):
             self._widened(source, own, start, stop, slot, wide[row + sequential])
         if check and not sequential:
-            with self.computing:
-                refuse_nan(wide, [(model, own) for model, _, own in who])
+            refuse_nan(wide, [(model, own) for model, _, own in who])
         tensors: Any
         if sequential:
             tensors, below = self._one_by_one(work, who[:k], slot, wide[0]), wide[1:]
@@ -146,28 +146,24 @@ class Reader:
             yield "", self.inputs.base, task.base
 
     def _moved(self, x: Tensor) -> Tensor:
-        return x if self.device == "cpu" else x.to(self.device, non_blocking=True)
+        return x if self.device == "cpu" else x.to(self.device)  # buffers are used again
 
     def _one_by_one(
         self, work: Work, who: Sequence[tuple[str, Source, str]], slot: Slot, wide: Tensor
     ) -> Iterator[Tensor]:
         for model, source, own in who:
-            self._widened(source, own, work.start, work.stop, slot, wide, held=True)
+            self._widened(source, own, work.start, work.stop, slot, wide)
             refuse_nan(wide[None], [(model, own)])
             yield self._moved(wide.view(work.task.shape))
 
-    def _widened(
-        self, source: Source, own: str, start: int, stop: int, slot: Slot, into: Tensor, held: bool = False
-    ) -> None:
-        """Reads and converts; `held`: the caller is counted among those computing already."""
+    def _widened(self, source: Source, own: str, start: int, stop: int, slot: Slot, into: Tensor) -> None:
         dtype = source.entries[own].dtype
         if dtype == torch.float32:
             self.read(source, own, start, stop, into)
             return
         raw = slot.raw(1, stop - start, dtype.itemsize)[0].view(dtype)
         self.read(source, own, start, stop, raw)
-        with nullcontext() if held else self.computing:
-            into.copy_(raw)
+        into.copy_(raw)
 
     def _sides(self, work: Work, start: int, stop: int) -> dict[str, Any]:
         """What the method reads of the models' statistics for this region."""
@@ -222,9 +218,3 @@ def refuse_infinite(out: Tensor, task: Task) -> None:  # (n,)
     if not (float(low) >= -most and float(high) <= most):
         kind = "NaN" if bool(out.isnan().any()) else f"numbers that {str(task.dtype)[6:]} can't hold (above {most:.3g})"
         raise ValueError(f"the merged {task.name} has {kind} in it; look at the method's parameters and weights")
-
-
-def row_length(shape: Sequence[int]) -> int:
-    """Numbers behind one index of the first axis; a vector is one row."""
-    numel = torch.Size(shape).numel()
-    return numel // shape[0] if len(shape) > 1 else max(numel, 1)

@@ -19,9 +19,10 @@ from fusion._method import Region
 from fusion._misfit import called
 from fusion._observe import observed
 from fusion._pool import Job, Pool, Room, Slot, Unit
-from fusion._regions import Reader, Recipe, Work, refuse_infinite, refuse_nan, row_length
+from fusion._regions import Reader, Recipe, Work, refuse_infinite, refuse_nan
 from fusion._tasks import Task
 from fusion.checkpoint import Source, Writer
+from fusion.merge._sums import whole_rows
 from fusion.merge._x import Outputs, Running
 
 COPY = 1 << 17  # elements at a time where nothing is computed
@@ -99,7 +100,8 @@ class Stream:
     def _merged(self, work: Work) -> Job:
         method = self.recipe.method
         regions = self._ranges(work, mapping=True)
-        if len(regions) == 1 and work.whole and work.equal is None and not work.stats and not method.sequential:
+        fresh = work.whole and work.equal is None and not work.stats
+        if fresh and len(regions) == 1 and not method.sequential and self.reader.plain(work.task):
             yield [lambda slot: self._at_once(work, slot)]
             return
         if work.equal is None:
@@ -127,8 +129,7 @@ class Stream:
         if recipe.method.unit == "tensor":
             return [(work.start, work.stop)]
         if recipe.method.unit == "row" or (mapping and recipe.by_rows):
-            length = row_length(work.task.shape)
-            size = length * (1 << max(0, (self.chunk // length).bit_length() - 1))
+            size = whole_rows(work.task.shape, self.chunk)
         return [(at, min(at + size, work.stop)) for at in range(work.start, work.stop, size)]
 
     def _at_once(self, work: Work, slot: Slot) -> None:
@@ -136,26 +137,26 @@ class Stream:
         method = self.recipe.method
         with self._space(work, slot):
             region = self.reader.region(work, work.start, work.stop, slot, check=True)
-            with self.reader.computing:
-                first, *others = [*region.stacked.unbind(), *([] if region.base is None else [region.base])]
-                work.equal = all(torch.equal(first, other) for other in others)
-                self._judge(work)
-                for index in range(0 if work.equal else method.needed(work.params)):
-                    running = Running()
-                    running.add(0, method.call_pass(index, region, work.params))
-                    work.stats = method.settle({**work.stats, **running.values()}, work.params, self.recipe.weights)
-                    region = replace(region, stats=work.stats)
+            first, *others = [*region.stacked.unbind(), *([] if region.base is None else [region.base])]
+            work.equal = all(torch.equal(first, other) for other in others)
+            self._judge(work)
+            for index in range(0 if work.equal else method.needed(work.params)):
+                running = Running()
+                running.add(0, method.call_pass(index, region, work.params))
+                work.stats = method.settle({**work.stats, **running.values()}, work.params, self.recipe.weights)
+                region = replace(region, stats=work.stats)
             self._written(work, 0, region, slot)
 
     def _passed(self, work: Work, index: int, running: Running) -> list[Unit]:
         method = self.recipe.method
+        if index >= method.needed(work.params):  # of a joint round that other tensors need
+            return []
 
         def unit(number: int, start: int, stop: int) -> Unit:
             def read(slot: Slot) -> None:
                 with self._space(work, slot):
                     region = self.reader.region(work, start, stop, slot, check=index == 0)
-                    with self.reader.computing:
-                        found = method.call_pass(index, region, work.params)
+                    found = method.call_pass(index, region, work.params)
                 with work.lock:
                     running.add(number, found)
 
@@ -175,19 +176,18 @@ class Stream:
     def _written(self, work: Work, number: int, region: Region, slot: Slot) -> None:
         """The method on one region, the words that follow, and the result in its place."""
         recipe, task = self.recipe, work.task
-        with self.reader.computing:
-            found = Outputs(next(iter(region.tensors))) if work.equal else recipe.method.call(region, work.params)
-            out = found.tensor.reshape(-1)
-            base = None if region.base is None else region.base.reshape(-1)
-            for word, given in recipe.post:
-                follows = replace(region, merged=out, base=base, inputs=self.reader.post_sides(task, word))
-                out = word.call(follows, word.resolve(given, task.name, work.layer)).tensor.reshape(-1)
-            seen: dict[str, Any] = {}
-            if isinstance(region.tensors, Tensor) and not work.equal:
-                seen = dict(observed(region.tensors.reshape(len(region.tensors), -1), base, out, region.start))
-            out = out.float().cpu()
-            refuse_infinite(out, task)
-            packed = slot.packed(len(out), task.dtype).copy_(out)
+        found = Outputs(next(iter(region.tensors))) if work.equal else recipe.method.call(region, work.params)
+        out = found.tensor.reshape(-1)
+        base = None if region.base is None else region.base.reshape(-1)
+        for word, given in recipe.post:
+            follows = replace(region, merged=out, base=base, inputs=self.reader.post_sides(task, word))
+            out = word.call(follows, word.resolve(given, task.name, work.layer)).tensor.reshape(-1)
+        seen: dict[str, Any] = {}
+        if isinstance(region.tensors, Tensor) and not work.equal:
+            seen = dict(observed(region.tensors.reshape(len(region.tensors), -1), base, out, region.start))
+        out = out.float().cpu()
+        refuse_infinite(out, task)
+        packed = slot.packed(len(out), task.dtype).copy_(out)
         self.writer.write(task.name, region.start, packed)
         for name, value in found.extras.items():
             if isinstance(value, Tensor):
@@ -203,7 +203,8 @@ class Stream:
         if self.recipe.method.unit != "tensor":
             yield
             return
-        with self.room.of(whole_bytes(len(self.reader.inputs.models), work.task.numel)):
+        models = 1 if self.recipe.method.sequential else len(self.reader.inputs.models)
+        with self.room.of(whole_bytes(models, work.task.numel)):
             yield
             slot.clear()
 
@@ -222,12 +223,11 @@ class Stream:
                 raw = slot.raw(1, count, entry.dtype.itemsize)[0].view(entry.dtype)
                 self.reader.read(source, own, start, stop, raw)
                 if entry.dtype.is_floating_point:
-                    with self.reader.computing:
-                        wide = slot.wide(1, count).copy_(raw)
-                        refuse_nan(wide, [(task.origin or self.reader.inputs.target[0], own)])
-                        if entry.dtype != task.dtype:
-                            refuse_infinite(wide[0], task)
-                            raw = slot.packed(count, task.dtype).copy_(raw)
+                    wide = slot.wide(1, count).copy_(raw)
+                    refuse_nan(wide, [(task.origin or self.reader.inputs.target[0], own)])
+                    if entry.dtype != task.dtype:
+                        refuse_infinite(wide[0], task)
+                        raw = slot.packed(count, task.dtype).copy_(raw)
                 self.writer.write(task.name, start, raw)
 
             return copy

@@ -93,6 +93,9 @@ svg.cells{height:20px;background:var(--track);border-radius:2px;overflow:hidden}
 svg.cells rect{fill:var(--heat);stroke:var(--paper);stroke-width:1}
 svg.cells rect.below{fill:var(--cold)}
 svg.numbers{height:16px}svg.numbers text{font-size:11px;fill:var(--soft);font-variant-numeric:tabular-nums}
+.plans{display:grid;grid-template-columns:repeat(auto-fill,minmax(72px,1fr));gap:14px 12px;margin-top:12px}
+.plans small{display:block;font-size:.6875rem;line-height:1.25;margin-top:3px;overflow-wrap:anywhere}
+svg.plan{width:100%;aspect-ratio:1;background:var(--track);border-radius:2px}svg.plan path{fill:var(--heat)}
 .scale{display:inline-block;width:7rem;height:.625rem;margin:0 .5rem;border-radius:2px;
 background:linear-gradient(to right,var(--track),var(--heat))}
 .scale.both{background:linear-gradient(to right,var(--cold),var(--track),var(--heat))}

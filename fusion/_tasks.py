@@ -6,7 +6,7 @@ Every tensor of every model is accounted for; what does not fit is refused in on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ import torch
 
 from fusion import _misfit
 from fusion._layers import Take, stacked
-from fusion._names import renamed
 from fusion._say import nearest
 from fusion.checkpoint import Entry, Source
 
@@ -48,11 +47,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The models of a merge in order, their base, and which tensors of theirs are which."""
+    """The models of a merge in order, and their base, all under the target's names."""
 
     models: Mapping[str, Source]
     base: Source | None = None
-    names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # model -> {its names: the target's}
 
     def source(self, name: str) -> Source:
         """The model called so; "" is the base."""
@@ -119,8 +117,7 @@ def _merged(
         for glob in globs or ():
             if not any(fnmatchcase(name, glob) for name in target.entries):
                 raise ValueError(f"{what}: no tensor is called like '{glob}'{nearest(glob, target.entries)}")
-    named = {name: renamed(source.entries, inputs.names.get(name), name) for name, source in inputs.models.items()}
-    hidden = _misfit.tied_heads(inputs, named)
+    hidden = _misfit.tied_heads(inputs)
     merging = [
         name
         for name in target.entries
@@ -128,13 +125,13 @@ def _merged(
         and not any(fnmatchcase(name, glob) for glob in copy or ())
         and name not in hidden
     ]
-    if (only is not None or inputs.names) and inputs.base is not None:  # what nobody else has stays the base's
-        merging = [name for name in merging if any(name in one for one in named.values())]
-    _misfit.refuse_gaps(inputs, named, merging, set(target.entries), only, hidden)
-    _misfit.refuse_shapes(inputs, named, merging)
+    if only is not None and inputs.base is not None:  # what nobody else has stays the base's
+        merging = [name for name in merging if any(name in one.entries for one in inputs.models.values())]
+    _misfit.refuse_gaps(inputs, merging, only, hidden)
+    _misfit.refuse_shapes(inputs, merging)
     _misfit.refuse_vocabularies(inputs, merging)
     if wanted is None:
-        _misfit.refuse_dtypes(inputs, named, merging)
+        _misfit.refuse_dtypes(inputs, merging)
     chosen = set(merging)
     found = []
     for name, entry in target.entries.items():
@@ -143,8 +140,8 @@ def _merged(
         if name not in chosen:
             found.append(Task(name, entry.shape, _written(entry, wanted), "copy", (name,), origin=target_name))
             continue
-        sources = tuple(named[model][name] for model in inputs.models)
-        first = inputs.models[next(iter(inputs.models))].entries[sources[0]]
+        sources = (name,) * len(inputs.models)
+        first = next(iter(inputs.models.values())).entries[name]
         numbers = first.dtype.is_floating_point
         base = name if inputs.base is not None else None
         action: Literal["merge", "same"] = "merge" if numbers else "same"

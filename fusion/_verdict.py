@@ -8,6 +8,7 @@ from fusion._readings import Score, Scores
 from fusion.recipe import Step
 
 ROLES = ("target", "teacher", "baseline", "fused", "other")
+JOINS = ("merge", "zip", "least_squares")  # steps whose `models` become one
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Difference:
 def roles(steps: Sequence[Step]) -> dict[str, str]:
     """Model name -> role.
 
-    target: what a distill step starts from (or a merge's base). teacher: who was recorded (or merged). fused: what
-    distill and merge steps make, and what is tuned from that. baseline: what a tune step makes of a target.
+    target: what a distill step starts from (or a merge's base). teacher: who was recorded (or joined). fused: what
+    distill steps and joins make, and what is tuned from that. baseline: what a tune step makes of a target.
     """
     found: dict[str, str] = {}
     starts = {str(step.fields["model"]) for step in steps if step.verb == "distill"}
@@ -43,7 +44,7 @@ def roles(steps: Sequence[Step]) -> dict[str, str]:
     for step in steps:
         if step.verb == "record":
             found[str(step.fields["teacher"])] = "teacher"
-        if step.verb == "merge":
+        if step.verb in JOINS:
             found |= {str(name): "teacher" for name in step.fields.get("models", ()) if name not in found}
     for step in steps:
         start = str(step.fields.get("model", ""))
@@ -52,7 +53,7 @@ def roles(steps: Sequence[Step]) -> dict[str, str]:
     found |= dict.fromkeys(starts, "target")
     for step in steps:
         made_of_fused = step.verb == "tune" and found.get(str(step.fields.get("model", ""))) == "fused"
-        if step.out and (step.verb in ("distill", "merge") or made_of_fused):
+        if step.out and (step.verb in ("distill", *JOINS) or made_of_fused):
             found[step.out] = "fused"
     return found
 

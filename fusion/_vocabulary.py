@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion._carry import write
 from fusion._files import config_of
 
 if TYPE_CHECKING:
@@ -130,10 +131,10 @@ def write_files(vocabulary: Vocabulary, directory: Path, before: int, count: int
     _write_tokenizer(vocabulary, folder)
     roles = special_roles(vocabulary.result)
     config = resized(remapped(config_of(directory), vocabulary.given_up, roles), before, count)
-    _dump(config, folder / "config.json")
+    write(folder / "config.json", config)
     if (directory / "generation_config.json").exists():
         generation = _optional(directory / "generation_config.json")
-        _dump(remapped(generation, vocabulary.given_up, roles), folder / "generation_config.json")
+        write(folder / "generation_config.json", remapped(generation, vocabulary.given_up, roles))
 
 
 def _write_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
@@ -148,7 +149,7 @@ def _write_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
         result.backend_tokenizer.save(str(folder / "tokenizer.json"))
         # a class of its own may build the decoder anew, and then shows the marks of the others' tokens
         settings = _optional(folder / "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        _dump(settings, folder / "tokenizer_config.json")
+        write(folder / "tokenizer_config.json", settings)
     there = result.backend_tokenizer.get_vocab(with_added_tokens=True)
     for other in vocabulary.speakers.values() if result.template is None else ():
         table = pieces_of(other)
@@ -196,7 +197,3 @@ def resized(config: dict[str, Any], before: int, count: int) -> dict[str, Any]:
 
 def _optional(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def _dump(record: Mapping[str, Any], file: Path) -> None:
-    file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

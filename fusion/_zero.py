@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fusion._pickled import Stored, plain, read_torch
+from fusion._pickled import SIZES, Stored, plain, read_torch
 from fusion._sharded import Parts, Piece, slices
 
 CONVERT = "consolidate it first: python zero_to_fp32.py . OUT --safe_serialization, in the checkpoint's directory"
@@ -113,8 +113,6 @@ def _whole(stored: Stored) -> Parts:
 
 def _piece(stored: Stored, skip: int, at: int, count: int) -> Piece:
     """`count` numbers from number `skip` of a stored tensor on, at place `at` of the flattened parameter."""
-    from fusion._pickled import SIZES
-
     if not stored.contiguous:
         raise ValueError(f"{stored.file} holds a tensor that is not row-major or of dtype {stored.dtype}; {CONVERT}")
     here = Stored(stored.file, stored.offset + skip * SIZES[stored.dtype], stored.dtype, (count,))

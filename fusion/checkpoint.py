@@ -150,6 +150,14 @@ def open_source(directory: Path | str, base: Source | None = None) -> Source:
     return Checkpoint.open(directory)
 
 
+def region(source: Source, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    """(stop - start,) of the flattened tensor, in its dtype; all of it when nothing is said."""
+    entry = source.entries[name]
+    out = torch.empty((entry.numel if stop is None else stop) - start, dtype=entry.dtype)
+    source.read(name, start, start + len(out), out)
+    return out
+
+
 def natural(name: str) -> list[tuple[int, int, str]]:
     """A sorting key that puts layer 2 before layer 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]

@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from fusion import words
-from fusion._family import Family
+from fusion._family import After, Family
 from fusion._method import Method
-from fusion._params import layer_count, layer_index
+from fusion._params import depths, layer_of
 from fusion._say import nearest
 from fusion.merge._x import joined, values
 
 
 def __getattr__(name: str) -> Any:
-    # from disk, lazily: it needs readers and writers that tensors in memory do not
-    if name != "merge_checkpoints":
+    # from disk, lazily: they need readers and writers that tensors in memory do not
+    if name not in ("blends", "merge_checkpoints"):
         raise AttributeError(f"module 'fusion.engine' has no attribute '{name}'")
+    from fusion._blends import blends
     from fusion._merge import merge_checkpoints
 
-    return merge_checkpoints
+    return {"blends": blends, "merge_checkpoints": merge_checkpoints}[name]
 
 
 @torch.no_grad()
@@ -80,11 +81,10 @@ def merge_state_dicts(
         known = sorted({one for word, _ in after for one in word.inputs})
         if statistic not in known:
             raise ValueError(f"no post word here reads a statistic '{statistic}'{nearest(statistic, known)}")
-    w, count = _weights(found, weights, len(dicts)), layer_count(dicts[0])
+    w, stacks = _weights(found, weights, len(dicts)), depths(dicts[0])
     families, concrete = {}, {}
     for name in dicts[0]:
-        index = layer_index(name)
-        layer = None if index is None else (index, count)
+        layer = layer_of(name, stacks)
         side = {statistic: [None if d is None else d.get(name) for d in own[statistic]] for statistic in own}
         below = None if base is None else base[name]
         families[name] = Family(found, name, [d[name] for d in dicts], below, w, layer, side, seed)
@@ -92,10 +92,15 @@ def merge_state_dicts(
     stats = _model_statistics(families, concrete) if found.scope(fitted) == "model" else None
     out = {}
     for name, family in families.items():
-        out[name] = family.merged(concrete[name], stats).tensor
-        for word, chosen in after:
-            read = {statistic: given.get(statistic, {}).get(name) for statistic in word.inputs}
-            out[name] = family.followed(word, word.resolve(chosen, name, family.layer), read, out[name])
+        follows = [
+            After(
+                word,
+                word.resolve(chosen, name, family.layer),
+                {statistic: given.get(statistic, {}).get(name) for statistic in word.inputs},
+            )
+            for word, chosen in after
+        ]
+        out[name] = family.merged(concrete[name], stats, follows).tensor
     return out
 
 
@@ -115,7 +120,7 @@ def _model_statistics(families: Mapping[str, Family], params: Mapping[str, Mappi
 def _method(word: str) -> Method:
     found = Method.of(word)
     if found.unit == "adapter":
-        raise ValueError(f"{word} merges adapters, pairs of matrices; fusion merge takes their directories as models")
+        raise ValueError(f"{word} merges adapters, pairs of matrices; give it adapters alone, without a base")
     return found
 
 

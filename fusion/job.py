@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fusion._keys import cache_directory
 from fusion._progress import Progress
 from fusion._say import nearest
 from fusion.recipe import DataRef, Recipe
@@ -35,7 +36,7 @@ class Job:
     device: str = "cpu"  # what this rank computes on: cpu, cuda:1, ...
     place: str = ""  # where the step stands in the recipe, for sentences
     outputs: Mapping[str, Path] = field(default_factory=dict)  # earlier steps' directories
-    cache: Path = Path.home() / ".cache" / "fusion"
+    cache: Path = field(default_factory=cache_directory)
     ranks: "Ranks | None" = None
 
     def model(self, name: str) -> Path:

@@ -17,7 +17,9 @@ from fusion.words import Word
 
 # What a step's parameter refers to, by its name: a model, data, a store, or words of a room. All others are values.
 FIELDS: dict[str, str] = {
-    **dict.fromkeys(("model", "teacher", "base", "reference", "target", "donor", "models", "layers"), "model"),
+    **dict.fromkeys(
+        ("model", "teacher", "base", "reference", "target", "donor", "models", "among", "maps", "layers"), "model"
+    ),
     "data": "data",
     "targets": "targets",
     "fuse": "room fuse",

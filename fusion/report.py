@@ -62,7 +62,10 @@ def as_json(report: Report) -> dict[str, Any]:
         "differences": [{**vars(d), "level": d.level} for d in report.differences],
         "stores": {store.name: {"teacher": store.teacher, **store.numbers} for store in report.stores},
         "training": {one.name: plain(vars(one)) for one in report.training},
+        "taxes": [plain({**vars(tax), "bits_per_byte": [vars(d) for d in tax.bits_per_byte]}) for tax in report.taxes],
         "merges": {merge.name: as_merge(merge) for merge in report.merges},
+        "alignments": {one.name: {**plain(one.found), "sentences": one.sentences} for one in report.alignments},
+        "barriers": [plain({**vars(one), "crossings": [vars(c) for c in one.crossings]}) for one in report.barriers],
         "steps": [plain(vars(one)) for one in report.steps],
     }
 

@@ -15,7 +15,7 @@ from fusion import recipe, sources
 from fusion._adapter_files import read_adapter
 from fusion._adapter_merge import merge_adapters
 from fusion._adapters import Adapted, open_adapter
-from fusion.checkpoint import Checkpoint
+from fusion.checkpoint import Checkpoint, open_source
 from fusion.job import resolve_model, source_model
 from fusion.merge._draw import Draw
 from fusion.merge._factors import best, of_dense
@@ -426,6 +426,41 @@ def test_concat_is_the_exact_sum_and_peft_loads_it(three, tmp_path):
     assert changed == {f"{module}.weight" for module in expected}
 
 
+def test_the_command_line_merges_adapters(three, tmp_path):
+    from click.testing import CliRunner
+
+    from fusion.cli import main
+
+    def call(method: str, *more: str, out: str):
+        models = ("--model", f"{adapters['a']}:0.5", "--model", str(adapters["b"]))
+        return CliRunner().invoke(main, ["merge", method, *models, *more, "--out", str(tmp_path / out)])
+
+    base, adapters = three
+    assert "out: an adapter of 2" in call("concat", out="out").output
+    close(deltas(tmp_path / "out"), weighted({name: adapters[name] for name in "ab"}, [0.5, 1.0]))
+    assert call("ties", "--param", "rank=2", out="low").exit_code == 0
+    assert {pair.rank for pair in read_adapter(tmp_path / "low").pairs.values()} == {2}
+    refused = call("concat", "--only", "*q_proj*", out="none")
+    assert refused.exit_code == 1 and "--only: adapters merge into an adapter" in refused.output
+    refused = call("concat", "--base", str(base), out="none")
+    assert refused.exit_code == 1 and "give it adapters alone, without a base" in refused.output
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_adapter_is_compressed_with_its_bases_tokenizer(tmp_path):
+    from fusion._compressed import compress, open_compressed
+
+    base = save_base(tmp_path / "base", LLAMA)
+    (base / "tokenizer.json").write_text("{}")
+    adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    below = open_source(base)
+    model = open_adapter(tmp_path / "adapter", below)
+    packed = compress("one_bit", model, below, tmp_path / "packed")
+    assert not (tmp_path / "packed" / "adapter_config.json").exists(), "it would be read as one"
+    assert (tmp_path / "packed" / "tokenizer.json").read_text() == "{}"
+    assert open_compressed(tmp_path / "packed", below).entries.keys() == packed.entries.keys()
+
+
 def test_rslora_adapters_of_one_kind_keep_their_scale(tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -503,7 +538,7 @@ def test_adapters_that_do_not_go_together(three, plain, tmp_path):
     adapter(base, tmp_path / "saved", modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match="replaces whole tensors"):
         merge_adapters("concat", {"saved": tmp_path / "saved"}, tmp_path / "out")
-    with pytest.raises(ValueError, match="2 weights for 3 adapters"):
+    with pytest.raises(ValueError, match="concat: 2 weights for 3 models"):
         merge_adapters("concat", adapters, tmp_path / "out", weights=[1.0, 2.0])
     with pytest.raises(ValueError, match="no parameter 'ranks'; did you mean 'rank'"):
         merge_adapters("concat", adapters, tmp_path / "out", params={"ranks": 3})

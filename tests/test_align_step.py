@@ -15,6 +15,7 @@ from fusion.plan import plan
 from fusion.recipe import load
 from fusion.steps.align import align
 from fusion.steps.merge import merge
+from recipes.scramble import scramble
 from tests.tokenizers import TEXT, build
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 4}
@@ -35,16 +36,11 @@ def make(folder: Path, name: str, text: list[str] = TEXT, **config) -> Path:
     return folder / name
 
 
-def scramble(directory: Path, name: str, seed: int = 1) -> Path:
+def scrambled(folder: Path, name: str, new: str) -> None:
     """A copy of a model in other units: the same function."""
-    made = directory.parent / name
-    shutil.copytree(directory, made)
-    config = json.loads((made / "config.json").read_text())
-    tensors = load_file(made / "model.safetensors")
-    spaces = find_family(config, frozenset(tensors))
-    moved = {key: one.contiguous() for key, one in spaces.random_symmetry(seed).carry(tensors).items()}
-    save_file(moved, made / "model.safetensors", {"format": "pt"})
-    return made
+    recipe = load(recipe_of(folder, f"  - recipes.scramble: {{out: {new}, model: {name}}}\n"))
+    (folder / new).mkdir()
+    scramble(Job(new, folder / new, recipe), out=new, model=name, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +57,7 @@ def models(tmp_path_factory) -> Path:
         tensors |= {key: tensors[key] + 0.3 * torch.rand(tensors[key].shape, generator=generator) for key in gains}
         save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
         assert config["model_type"] == "llama"
-        scramble(folder / name, twin)
+        scrambled(folder, name, twin)
     make(folder, "wide", intermediate_size=48)
     make(folder, "deep", num_hidden_layers=3)
     return folder
@@ -192,3 +188,41 @@ def test_families_and_tokens_that_do_not_correspond(models, tmp_path):
     made.mkdir()
     with pytest.raises(ValueError, match="a and b have other tokens, .* retokenize: {out: ..., model: b, base: a}"):
         align(Job("new", made, load(file), place="steps[0].align"), out="new", target="a", donor="b")
+
+
+def test_several_models_meet_in_one_universe(models, tmp_path):
+    scrambled_again = models / "third"
+    if not scrambled_again.exists():
+        shutil.copytree(models / "twin", scrambled_again)
+    made = run(models, "target: a, donor: twin, among: [third, a, twin]", tmp_path)
+    target, carried = load_file(models / "a" / "model.safetensors"), load_file(made / "model.safetensors")
+    for name, tensor in target.items():
+        torch.testing.assert_close(carried[name], tensor, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(made), logits(models / "twin"), rtol=1e-3, atol=1e-4)
+    found = json.loads((made / "metrics.json").read_text())
+    assert found["among"] == ["third", "a", "twin"] and found["distance"]["aligned"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ("among: [a, wide]", "among: the donor 'twin' is not among a, wide"),
+        ("among: [a, twin, a]", "among: 'a' is given 2 times"),
+        ("among: [a, twin], match: emd", r"one for one \(hungarian\); leave out match: emd"),
+        ("among: [a, twin, nobody]", "nobody"),
+        ("among: [a, twin], donor: wide", "not among"),
+    ],
+)
+def test_among_bad_input_gets_a_sentence(models, tmp_path, fields, sentence):
+    donor = "" if "donor" in fields else ", donor: twin"
+    file = recipe_of(models, f"  - align: {{out: new, target: a{donor}, {fields}}}\n")
+    with pytest.raises(ValueError, match=sentence):
+        plan(load(file), tmp_path)
+
+
+def test_networks_of_other_sizes_have_no_universe(models, tmp_path):
+    with pytest.raises(ValueError, match=r"a and wide are networks of other sizes \('layers.0.mlp'\), and have no uni"):
+        run(models, "target: a, donor: twin, among: [a, twin, wide]", tmp_path)
+    file = recipe_of(models, "  - align: {out: new, target: a, donor: wide, among: [a, wide]}\n")
+    with pytest.raises(ValueError, match="align.among: a and wide are networks of other sizes"):
+        plan(load(file), tmp_path)

@@ -12,7 +12,7 @@ from fusion.data import Document
 from fusion.metrics.barrier import barrier
 from fusion.metrics.bits_per_byte import bits_per_byte
 from fusion.plan import plan
-from tests.test_align_step import make, scramble
+from tests.test_align_step import make, scrambled
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "align_apart.yaml"
 TEXTS = [Document.of("The quick brown fox jumps over the lazy dog."), Document.of("There they are, others follow.")]
@@ -22,7 +22,7 @@ TEXTS = [Document.of("The quick brown fox jumps over the lazy dog."), Document.o
 def folder(tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("barrier")
     make(made, "a")
-    scramble(made / "a", "twin")
+    scrambled(made, "a", "twin")
     make(made, "wide", intermediate_size=48)
     return made
 
@@ -72,7 +72,7 @@ def test_bad_input_gets_a_sentence(folder, tmp_path):
 
 def test_the_recipe_runs_on_stand_ins(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
-    text = RECIPE.read_text().replace("max_steps: 300", "max_steps: 3").replace("points: 9", "points: 3")
+    text = RECIPE.read_text().replace("max_steps: 300", "max_steps: 3").replace("{target: a}", "{target: a, points: 3}")
     (tmp_path / "r.yaml").write_text(text.replace("per_device_train_batch_size: 16", "per_device_train_batch_size: 4"))
     shutil.copyfile(RECIPE.parent / "data" / "austen.txt", tmp_path / "data" / "austen.txt")
     monkeypatch.chdir(tmp_path)

@@ -54,7 +54,7 @@ def whole(source, name):
 )
 def test_what_is_read_is_what_the_method_makes(tmp_path, dtype, method, params):
     base, model = pair(tmp_path, dtype)
-    packed = compress(method, model, base, tmp_path / "packed", **params)
+    packed = compress(method, model, base, tmp_path / "packed", params)
     assert packed.config["who"] == "model" and list(packed.entries) == list(base.entries)
     for name in ("long", "w", "scalar"):
         start, end = whole(base, name).float(), whole(model, name).float()
@@ -96,7 +96,7 @@ def test_sizes_are_a_bit_and_a_bit_and_a_density(tmp_path):
         ("compeft", {"density": 0.5}, 1.5),
     ):
         out = tmp_path / f"{method}{bits}"
-        compress(method, model, base, out, **params)
+        compress(method, model, base, out, params)
         size = (out / _compressed.FILE).stat().st_size
         assert n * bits / 8 <= size <= n * bits / 8 * 1.01 + 1000, (method, size)
         assert (out / _compressed.SETTINGS).stat().st_size < 300
@@ -110,7 +110,7 @@ def test_the_file_is_what_its_docstring_says(tmp_path):
     held = load_file(tmp_path / "one" / _compressed.FILE)
     assert {name: x.tolist() for name, x in held.items()} == {
         "w/scale": pytest.approx(1.8), "w/signs": [0b00001001, 0b01]}  # fmt: skip
-    compress("compeft", model, base, tmp_path / "few", density=0.4, alpha=2.0)
+    compress("compeft", model, base, tmp_path / "few", {"density": 0.4, "alpha": 2.0})
     held = load_file(tmp_path / "few" / _compressed.FILE)
     scale = held.pop("w/scale")
     assert float(scale) == pytest.approx(2 * 7.0**0.5)
@@ -139,7 +139,7 @@ def test_bad_input_gets_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="'ties' does not compress; there are compeft, one_bit"):
         compress("ties", model, base, tmp_path / "new")
     with pytest.raises(ValueError, match="no parameter 'densty'; did you mean 'density'"):
-        compress("compeft", model, base, tmp_path / "new", densty=0.2)
+        compress("compeft", model, base, tmp_path / "new", {"densty": 0.2})
     tensors = {name: whole(model, name) for name in model.entries}
     for change, sentence in (
         ({"w": torch.zeros(3)}, r"'w' is \(3,\) in .*odd0 and \(300, 130\)"),
@@ -153,6 +153,20 @@ def test_bad_input_gets_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="has no tensor 'empty', .* are missing"):
         compress("one_bit", less, base, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_density_may_go_by_layer(tmp_path):
+    names = [f"model.layers.{layer}.w" for layer in range(3)]
+    base = saved(tmp_path / "base", {name: noise(0, 1000) for name in names})
+    model = saved(tmp_path / "model", {name: noise(0, 1000) + noise(1, 1000) for name in names})
+    packed = compress("compeft", model, base, tmp_path / "packed", {"density": {"layers": [0.1, 0.3]}})
+    moved = [int((whole(packed, name) != whole(base, name)).sum()) for name in names]
+    assert moved == [100, 200, 300]
+    with pytest.raises(ValueError, match="scope is model, and task vectors are compressed tensor by tensor"):
+        compress("compeft", model, base, tmp_path / "new", {"scope": "model"})
+    spoilt = {name: whole(model, name) for name in names} | {names[1]: torch.full((1000,), torch.nan)}
+    with pytest.raises(ValueError, match="model.layers.1.w of .*spoilt has NaN or infinity in it"):
+        compress("one_bit", saved(tmp_path / "spoilt", spoilt), base, tmp_path / "new")
 
 
 # the methods

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion._method import Method, Region
-from fusion._params import is_embedding, layer_count, layer_index, resolved
+from fusion._params import depths, layer_of, resolved
 from fusion.merge import _compiled, _x, merge_state_dicts, merge_tensors
-from fusion.merge._x import Max, Min, Running, Sum, combined
+from fusion.merge._x import Max, Min, Running, Sum, joined, values
 
 A, B = torch.tensor([1.0, -4.0, 3.0, 0.5, 0.0]), torch.tensor([2.0, 2.0, -1.0, 0.25, 0.0])
 ZERO = torch.zeros(5)
@@ -196,7 +196,7 @@ def test_sums_do_not_depend_on_chunks(n):
             {"total": Sum(_x.total(x[:, at : at + chunk])), "gram": Sum(_x.gram(x[:, at : at + chunk]))}
             for at in range(0, n, chunk)
         ]
-        for name, value in combined(parts).items():
+        for name, value in values(joined(parts)).items():
             assert torch.equal(value, whole[name].value)
     close(whole["total"].value, x.double().sum(1))
     close(whole["gram"].value, x.double() @ x.double().T)
@@ -216,7 +216,7 @@ def test_compiled_sums_have_the_same_bits(n, monkeypatch):
 def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.warns(UserWarning, match=r"longer, with the same result: there is no C compiler"):
-        assert _compiled.library.__wrapped__() is None
+        assert _compiled._library() is None
 
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
@@ -226,7 +226,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("FUSION_CACHE", str(tmp_path / "cache"))
     with pytest.warns(UserWarning, match="does not compile .*_loops.c: it is no good"):
-        assert _compiled.library.__wrapped__() is None
+        assert _compiled._library() is None
     assert not list((tmp_path / "cache").iterdir()), "nothing half-made is left"
 
 
@@ -268,11 +268,12 @@ def test_readings_combine_by_kind_in_any_order():
 
 
 def test_layers_of_names():
-    assert layer_index("model.layers.7.mlp.experts.3.up_proj.weight") == 7
-    assert layer_index("lm_head.weight") is None
-    assert layer_count(["h.0.w", "h.11.w", "wte.weight"]) == 12
-    assert is_embedding("model.embed_tokens.weight") and is_embedding("transformer.wte.weight")
-    assert not is_embedding("lm_head.weight") and not is_embedding("model.norm.weight")
+    names = ["tower.layers.26.w", "model.layers.7.mlp.experts.30.up_proj.weight", "model.layers.15.w", "lm_head.weight"]
+    found = depths(names)
+    assert found == {"tower.layers.": 27, "model.layers.": 16}
+    assert [layer_of(name, found) for name in names] == [(26, 27), (7, 16), (15, 16), None]
+    assert _x.is_embedding("model.embed_tokens.weight") and _x.is_embedding("transformer.wte.weight")
+    assert not any(map(_x.is_embedding, ("lm_head.weight", "model.norm.weight", "embed_out.weight")))
 
 
 @pytest.mark.parametrize(
@@ -389,7 +390,7 @@ def test_online_merging_calls_them_with_sums():
         stats = {}
         region = Region(torch.stack([A, B]), ZERO, torch.tensor([1.0, 0.0]), "w", (5,), step=3)
         for index in range(method.needed(concrete)):
-            found = combined([method.call_pass(index, region, concrete)])
+            found = values(method.call_pass(index, region, concrete))
             stats = method.settle({**stats, **found}, concrete, region.weights)
             region = Region(region.tensors, ZERO, region.weights, "w", (5,), stats=stats, step=3)
         assert torch.equal(method.call(region, concrete).tensor, A), word

@@ -109,6 +109,13 @@ def arguments(word: str, models: Path, kind: str = "m"):
     return chosen, given
 
 
+IDS = "model.rotary.position_ids"
+
+
+def tensors_of(models: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(models / name / "model.safetensors")
+
+
 def raw(directory: Path) -> dict[str, bytes]:
     """Every byte of the weights and by-products."""
     return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*.safetensors"))}
@@ -263,6 +270,35 @@ def test_post_words_see_the_merge_before_it_is_rounded(models, tmp_path):
     assert torch.equal(after["model.layers.2.frozen.weight"], base["model.layers.2.frozen.weight"])
 
 
+def test_repair_sees_the_models_rows_in_any_chunks(models, tmp_path):
+    whole = run("linear", models, tmp_path / "a", post=["repair"], chunk=1 << 22)
+    assert run("linear", models, tmp_path / "b", post=["repair"], chunk=1 << 12, threads=3) == whole
+    name = "model.layers.1.mlp.up_proj.weight"
+    own = [load_file(models / f"m{i}" / "model.safetensors")[name].float() for i in (1, 2, 3)]
+    after = load_file(tmp_path / "a" / "model.safetensors")[name].float()
+    wanted = sum(share * one.norm(dim=1) for share, one in zip((0.5, 0.3, 0.4), own)) / 1.2
+    torch.testing.assert_close(after.norm(dim=1), wanted)
+    with pytest.raises(ValueError, match="repair: .* takes them one after another"):
+        run("opcm", models, tmp_path / "c", post=["repair"])
+
+
+def test_post_words_have_the_same_bits_in_memory(tmp_path):
+    dicts = []
+    for seed in range(3):
+        make(tmp_path / f"h{seed}", seed, torch.bfloat16)
+        dicts.append(load_file(tmp_path / f"h{seed}" / "model.safetensors"))
+    side = {f"model.layers.{layer}.mlp.up_proj.weight": torch.rand(160) for layer in (0, 1)}
+    save_file({f"activations/{name}": one for name, one in side.items()}, tmp_path / "activations.safetensors")
+    post = [{"lines": {"alpha": 0.3}}, {"aim": {"omega": 0.4}}]
+    models = {"a": tmp_path / "h1", "b": tmp_path / "h2"}
+    statistics = {"base": tmp_path / "activations.safetensors"}
+    for word in ("linear", "ties", "tsv_m"):
+        merge_checkpoints(word, models, tmp_path / word, base=tmp_path / "h0", post=post, statistics=statistics)
+        memory = merge_state_dicts(word, dicts[1:], base=dicts[0], post=post, inputs={"activations": side})
+        for name, tensor in load_file(tmp_path / word / "model.safetensors").items():
+            assert torch.equal(tensor, memory[name]), (word, name)
+
+
 def test_equal_tensors_are_copied(models, tmp_path):
     chosen, given = arguments("linear", models)
     found = merge_checkpoints("linear", chosen, tmp_path / "out", threads=1, weights=[0.1, 0.2, 0.3])
@@ -338,6 +374,36 @@ BAD = {
     "float8": (setting(EMBED, torch.ones(150, 64).to(torch.float8_e4m3fn)), "'odd' is quantised: .* is F8_E4M3"),
     "complex": (setting(NORM, torch.ones(64, dtype=torch.complex64)), "complex"),
 }
+
+
+def test_models_of_two_dtypes_agree_or_not_whatever_the_chunks(models, tmp_path):
+    """One of float32 that holds bfloat16's numbers is equal by its numbers and not by its bytes."""
+    halves = {name: x.bfloat16() if x.is_floating_point() else x for name, x in tensors_of(models, "m1").items()}
+    for name, kept in (("half", halves), ("wide", {n: x.float() if n != IDS else x for n, x in halves.items()})):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "model.safetensors", kept, list(kept))
+        (tmp_path / name / "config.json").write_text((models / "m1" / "config.json").read_text())
+    both = {"half": tmp_path / "half", "wide": tmp_path / "wide"}
+    made = [
+        merge_checkpoints("linear", both, tmp_path / f"out{chunk}", weights=[0.1, 0.2], dtype="float32", chunk=chunk)
+        for chunk in (1 << 12, 1 << 22)
+    ]
+    assert raw(made[0].path) == raw(made[1].path)
+    assert [one["action"] for one in made[0].metrics["tensors"]] == [
+        one["action"] for one in made[1].metrics["tensors"]
+    ]
+
+
+def test_a_tokenizer_takes_no_part_of_another_ones(models, tmp_path):
+    for name, files in (("one", ("tokenizer.json", "chat_template.jinja")), ("other", ("tokenizer.json",))):
+        at = changed(models, tmp_path / name, lambda tensors: None)
+        for file in files:
+            (at / file).write_text(json.dumps({"model": {"vocab": {}}, "whose": name}))
+        (at / "generation_config.json").write_text("{}")
+    both = {"one": tmp_path / "one", "other": tmp_path / "other"}
+    out = merge_checkpoints("linear", both, tmp_path / "out", tokenizer="other").path
+    assert json.loads((out / "tokenizer.json").read_text())["whose"] == "other"
+    assert not (out / "chat_template.jinja").exists() and (out / "generation_config.json").exists()
 
 
 @pytest.mark.parametrize("what", BAD)

@@ -85,7 +85,7 @@ def test_models_that_equal_the_base_give_the_base(method, monkeypatch):
     if stays:
         assert apart(merge_state_dicts(method.word, models, **arguments), base) == 0
         # by arithmetic too, not only because equal tensors are copied
-        monkeypatch.setattr(Family, "equal", property(lambda _: False))
+        monkeypatch.setattr(Family, "equal", lambda self, after: False)
         assert apart(merge_state_dicts(method.word, models, **arguments), base) < 1e-5
 
 

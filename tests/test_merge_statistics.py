@@ -216,6 +216,8 @@ def test_uncertainty_of_one_model_is_itself_and_with_a_sure_base_task_arithmetic
     [
         ("fisher", {"inputs": {"fisher": [torch.ones(2, 2), -torch.ones(2, 2)]}, "scope": "tensor"},
          "'fisher' of 'w' in model 1 has negative"),
+        ("fisher", {"inputs": {"fisher": [torch.full((2, 2), torch.nan), torch.ones(2, 2)]}, "scope": "tensor"},
+         "'fisher' of 'w' in model 0 has negative entries, or infinity or NaN"),
         ("fisher", {"inputs": {"fisher": [torch.ones(2, 2)] * 2}, "scope": "tensor", "floor": -1.0}, "floor is -1"),
         ("fisher", {"inputs": {"fisher": [torch.ones(2, 2)] * 2}, "scope": "tensor", "weights": [1, -1]},
          "no weight may be negative"),

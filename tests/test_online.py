@@ -219,3 +219,23 @@ def test_an_optimizer_with_other_parameters_is_refused():
         OnlineMerge("ties", alpha=0.1, density=0.5).attach(
             torch.optim.SGD(other.parameters(), lr=0.1), model.named_parameters(), vectors(model)
         )
+
+
+@pytest.mark.parametrize("density", [0.1, 0.75])
+def test_a_mask_that_is_drawn_once_leaves_kept_entries_only(density):
+    model = torch.nn.Linear(700, 500, bias=False)  # more than one chunk
+    task = vectors(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    how = OnlineMerge("dare", alpha=0.5, density=density, semantics="code", seed=2)
+    held = how.attach(optimizer, model.named_parameters(), task).vectors["weight"]
+    kept = Draw(2, "weight", 0, 350_000).uniform(1).view(500, 700) < density
+    if density < 0.5:
+        size = held.index.numel() * held.index.element_size() + held.value.numel() * held.value.element_size()
+        assert size == 8 * int(kept.sum()) < 0.85 * 350_000
+    else:
+        assert held.numel() * held.element_size() == 4 * 350_000
+    start = model.weight.detach().clone()
+    model.weight.grad = torch.zeros_like(start)
+    optimizer.step()
+    expected = start + 0.5 * (task["weight"] / density).clamp(-1, 1) * kept
+    torch.testing.assert_close(model.weight.data, expected, atol=1e-7, rtol=1e-6)

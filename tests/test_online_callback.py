@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from fusion.online import OnlineMerge, OnlineMergeCallback
@@ -223,7 +225,7 @@ def test_adapters_bfloat16_and_missing_files_are_said(models, tmp_path):
     how = {"alpha": 0.1, "density": 0.5}
     run = trainer(models / "start", tmp_path, OnlineMergeCallback(models / "base", **how))
     run.model = run.model_wrapped = get_peft_model(run.model, LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="factors have no task vector"):
+    with pytest.raises(ValueError, match="a fresh adapter has no factors of a task vector"):
         run.train()
     run = trainer(models / "start", tmp_path, OnlineMergeCallback(models / "base", **how))
     run.model.bfloat16()
@@ -266,3 +268,42 @@ def test_settings_are_those_of_the_class(models):
     how = OnlineMergeCallback(models / "base", method="linear", alpha=0.5, every=3, seed=7)
     assert how.merge == OnlineMerge("linear", alpha=0.5, every=3, seed=7)
     assert json.dumps(dict(how.merge.params)) == "{}"
+
+
+def adapter(start: Path, seed: int) -> PeftModel:
+    """A LoRA adapter whose factors are all random, as after training."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    return get_peft_model(LlamaForCausalLM.from_pretrained(start), config)
+
+
+def tuned_adapter(begin: Path, models: Path, folder: Path, *callbacks: TrainerCallback) -> dict[str, torch.Tensor]:
+    run = trainer(models / "start", folder, *callbacks, max_steps=1, optim="sgd")
+    run = Trainer(
+        model=PeftModel.from_pretrained(run.model, begin, is_trainable=True),
+        args=run.args,
+        train_dataset=Rows(),
+        callbacks=list(callbacks),
+    )
+    run.train()
+    return {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+
+
+def test_an_adapter_that_is_tuned_further_merges_factor_by_factor(models, tmp_path):
+    for seed, name in enumerate(("before", "sft", "another")):
+        adapter(models / "start", seed).save_pretrained(tmp_path / name)
+    stored = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "sft")}
+    plain = tuned_adapter(tmp_path / "sft", models, tmp_path)
+    for reference in (None, tmp_path / "sft"):
+        how = OnlineMergeCallback(tmp_path / "before", reference, method="linear", alpha=0.25)
+        merged = tuned_adapter(tmp_path / "sft", models, tmp_path, how)
+        assert len(merged) == 4
+        for name, after in merged.items():
+            before, old = (stored[one][name.replace(".default", "")] for one in ("before", "sft"))
+            expected = old + 0.75 * (plain[name] - old) + 0.25 * (old - before)
+            torch.testing.assert_close(after, expected, atol=1e-7, rtol=1e-6)
+    how = OnlineMergeCallback(tmp_path / "before", tmp_path / "another", method="linear", alpha=0.25)
+    with pytest.raises(ValueError, match="is not the reference adapter's"):
+        tuned_adapter(tmp_path / "sft", models, tmp_path, how)
+    with pytest.raises(ValueError, match="a fresh adapter has no factors of a task vector"):
+        tuned_adapter(tmp_path / "sft", models, tmp_path, OnlineMergeCallback(models / "base", alpha=0.25))

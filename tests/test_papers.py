@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusion import recipe, sources
 from fusion.run import main
+from tests import vision_networks
+from tests.vision_networks import as_cogvlm, as_qwen2_vl
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = sorted((ROOT / "recipes" / "papers").glob("*.yaml"))
@@ -50,7 +53,12 @@ TINY: dict[str, tuple[dict[str, Any], str, int]] = {
     "internlm/internlm2-chat-20b": ({"model_type": "llama", **GATED}, "bpe", 600),
     "Qwen/Qwen1.5-72B-Chat": ({"model_type": "qwen2", **GATED}, "bpe", 500),
 }
-LAYERS = {"layer_swapping": 32, "thai_reasoning": 80, "biomistral": 5}  # where a recipe counts them; else 2
+LAYERS = {
+    "layer_swapping": 32,
+    "thai_reasoning": 80,
+    "biomistral": 5,
+    "zipit": 12,
+}  # where a recipe counts them; else 2
 RANKS = {"safeguard": (8, 16), "zjuklab_unlearning": (32, 32), "personalized_soups": (4, 8)}  # r and alpha
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}\n{% endfor %}"
 SHORT = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -84,10 +92,15 @@ class StandIns:
                 self.adapter(directory, self.folder / paper / entry["base"], *RANKS[paper])
             elif paper == "diffusion_soup":
                 self.unet(directory)
+            elif paper == "adamms":
+                vision_networks.make(directory, name)
             elif name == "llava":
                 self.vision(directory)
             elif name == "reward":
                 self.reward(directory)
+            elif name == "wide":
+                config = {"model_type": "llama", **GATED, "vocab_size": 259, "intermediate_size": 96}
+                directory = self.scratch("wide", config, "bytes", 0)
             else:
                 self.relative(directory, LAYERS.get(paper, 2))
             made[name] = {"path": str(directory)} | ({"base": entry["base"]} if "base" in entry else {})
@@ -195,8 +208,9 @@ def substituted(file: Path, folder: Path, stand_ins: StandIns) -> Path:
         path = "pairs.jsonl" if entry["column"] == "*" else "rows.jsonl"
         tree["data"][name] = {"path": path, "format": "json", "split": split, "column": entry["column"]}
     for step in tree["steps"]:
-        for fields in step.values():
+        for verb, fields in step.items():
             fields.update({"max_length": 256} if "max_length" in fields else {})
+            fields.update({"tokens": 1024} if verb in ("zip", "least_squares") else {})
             if "train" in fields:
                 fields["train"] = {k: v for k, v in fields["train"].items() if k != "num_train_epochs"} | SHORT
                 fields["train"]["bf16"] = False
@@ -297,6 +311,10 @@ def seeing(t: Tensors, name: str) -> Tensor:
     return 0.9 * t["llava"] + 0.1 * t["dart"] if spoken else t["llava"]
 
 
+def interpolated(t: Tensors, name: str, target: str, other: str) -> Tensor:
+    return 0.6 * t[target] + 0.4 * t[other] if other in t else t[target]
+
+
 def unlearned(t: Tensors, name: str) -> Tensor:
     d = torch.stack([trimmed(t[one], 0.8) for one in ("over", "under")])
     agree = elected(d)
@@ -309,14 +327,39 @@ def sparse_and_whole(t: Tensors, name: str) -> Tensor:
     return t["base"] + (d * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
+def lengthened(t: Tensors, name: str, of: list[str]) -> Tensor:
+    """Each row as long as the models' on average, at most twice the mean's."""
+    middle = mean(t, name, of)
+    if middle.dim() < 2:
+        return middle
+    wanted = torch.stack([t[one].norm(dim=1) for one in of]).mean(0)
+    return middle * (wanted / middle.norm(dim=1)).clamp(max=2)[:, None]
+
+
+def unsolved(t: Tensors, name: str) -> Tensor | None:
+    """What no linear layer holds: the mean of the first and the aligned model."""
+    return mean(t, name, ["one", "aligned"]) if "embed" in name or "norm" in name else None
+
+
+def kept(t: Tensors, name: str) -> Tensor | None:
+    """From layer 9 on and at its head the first model's own; gains are its own everywhere, since others match it."""
+    return t["one"] if "norm" in name or "lm_head" in name or (layer(name) or 0) >= 9 else None
+
+
 SFT = ["code_sft", "safety_sft", "rag_sft", "math_sft", "multilingual_sft", "long_context_sft"]
+ALIGNED = ["one", "two_aligned", "three_aligned"]
 FUSED = ["with_starling", "with_solar", "with_internlm", "with_mixtral", "with_qwen"]
-FORMULAS: dict[str, dict[str, Callable[[Tensors, str], Tensor]]] = {
+FORMULAS: dict[str, dict[str, Callable[[Tensors, str], Tensor | None]]] = {
+    "adamms": {
+        "qwen2_vl_llava": partial(interpolated, target="qwen2_vl", other="llava_onevision"),
+        "cogvlm_owl": partial(interpolated, target="cogvlm", other="mplug_owl2"),
+    },
     "aya_expanse": {
         "sft": partial(mean, of=["europe_sft", "asia_sft", "middle_east_sft"]),
         "aya": partial(mean, of=["europe_dpo", "asia_dpo", "middle_east_dpo"]),
     },
     "biomistral": {"ties": lambda t, _: ties(t, "instruct", ["bio"], 0.5), "slerp": bio_slerp},
+    "c2m3": {"mean": partial(mean, of=ALIGNED), "repaired": partial(lengthened, of=ALIGNED)},
     "command_a": {
         "sft_soup": partial(mean, of=SFT),
         "rl_soup": partial(mean, of=[one.replace("sft", "rl") for one in SFT]),
@@ -332,8 +375,10 @@ FORMULAS: dict[str, dict[str, Callable[[Tensors, str], Tensor]]] = {
     "fusechat_sce": {"fusechat": partial(sce, base="openchat", of=FUSED, topk=0.1)},
     "fusechat_varm": {"fusechat": partial(varm, base="openchat", of=["with_mixtral", "with_solar"])},
     "fuseo1": {"fuseo1": partial(sce, base="base", of=["qwq", "r1", "sky"], topk=1.0)},
+    "git_rebasin": {"halfway": partial(mean, of=["one", "aligned"])},
     "layer_swapping": {"soup": partial(mean, of=["math", "language"]), "swapped": swapped},
     "llama3_sec": {"chat": lambda t, _: ties(t, "base", ["instruct", "sec"], 0.5)},
+    "lmc_weight_matching": {"halfway": partial(mean, of=["one", "aligned"])},
     "lm_cocktail": {"cocktail": lambda t, _: 0.7 * t["chat"] + 0.3 * t["news"]},
     "long_to_short": {
         "average": partial(mean, of=["quick", "slow"]),
@@ -344,12 +389,18 @@ FORMULAS: dict[str, dict[str, Callable[[Tensors, str], Tensor]]] = {
         "round_2": partial(mean, of=["branch_3", "branch_4"]),
     },
     "disperse_then_merge": {"merged": partial(mean, of=["one", "two"])},
+    "ot_fusion": {
+        "fused": partial(mean, of=["one", "transported"]),
+        "fused_widths": partial(mean, of=["one", "narrowed"]),
+    },
     "paft": {"paft": sparse_and_whole},
+    "repair": {"mean": partial(mean, of=["one", "aligned"]), "repaired": partial(lengthened, of=["one", "aligned"])},
     "rewarded_soups": {
         "even": partial(mean, of=["helpful", "harmless"]),
         "leaning": lambda t, _: 0.75 * t["helpful"] + 0.25 * t["harmless"],
     },
     "openthaigpt": {"thai": partial(mean, of=["general", "bilingual", "exams"])},
+    "pleas": {"pleas": unsolved},
     "personalized_soups": {"personal": partial(mean, of=["elementary", "concise", "friendly"])},
     "reason_to_vision": {"llava_dart": seeing},
     "safeguard": {"safe": lambda t, _: t["aligned"] + 0.6 * t["tuned"] if "tuned" in t else t["aligned"]},
@@ -359,10 +410,12 @@ FORMULAS: dict[str, dict[str, Callable[[Tensors, str], Tensor]]] = {
         "sea_lion": lambda t, _: t["relatives"] + t["aligned"] - t["llama"],
     },
     "thai_reasoning": {"typhoon_r1": thai},
+    "transformer_ot": {"fused": partial(mean, of=["one", "transported"])},
     "warp": {
         "sphere": lambda t, _: t["start"] + slerp(t["policy_1"] - t["start"], t["policy_2"] - t["start"], 0.5),
         "warp": partial(mean, of=["start", "sphere"]),
     },
+    "zipit": {"partial": kept},
     "zjuklab_unlearning": {"unlearned": unlearned},
 }
 # What DARE drops is random: recipe -> output, base, models.
@@ -405,6 +458,8 @@ def test_papers_run_on_stand_ins(ran):
     everything = {name: tensors_of(Path(ref.path)) for name, ref in loaded.models.items()}
     text = {f"language_model.{name}": tensor for name, tensor in everything.get("dart", {}).items()}
     everything |= {"dart": text} if text else {}
+    for name, renamed in (("llava_onevision", as_qwen2_vl), ("mplug_owl2", as_cogvlm)):
+        everything |= {name: renamed(everything[name])} if name in everything else {}
     for step in loaded.steps:
         if step.verb == "distill":
             log = [json.loads(line) for line in (made / step.out / "log.jsonl").read_text().splitlines()]
@@ -417,18 +472,22 @@ def test_papers_run_on_stand_ins(ran):
         if step.verb == "evaluate":
             metrics = json.loads((made / step.out / "metrics.json").read_text())["models"]
             assert set(metrics) == set(step.fields["models"])
-        if step.verb == "merge":
+        if step.verb in ("align", "least_squares", "merge", "zip"):
             everything[step.out] = tensors_of(made / step.out)
             formula = FORMULAS.get(loaded.name, {}).get(step.out)
-            assert formula is not None or DROPPED[loaded.name][0] == step.out
-            like = step.fields.get("base") or next(iter(step.fields["models"]))
+            assert formula is not None or step.verb != "merge" or DROPPED[loaded.name][0] == step.out
+            like = step.fields.get("base") or step.fields.get("target") or next(iter(step.fields["models"]))
             assert everything[step.out].keys() == everything[like].keys()
             for name, tensor in everything[step.out].items():
                 assert torch.isfinite(tensor).all()
-                if formula is not None:
-                    t = {one: tensors[name] for one, tensors in everything.items() if name in tensors}
-                    torch.testing.assert_close(tensor, formula(t, name), atol=2e-6, rtol=2e-5, msg=f"{step.out} {name}")
-    if "lm_head.weight" in everything[loaded.result]:
+                t = {one: tensors[name] for one, tensors in everything.items() if name in tensors}
+                wanted = formula(t, name) if formula is not None else None
+                if wanted is not None:
+                    torch.testing.assert_close(tensor, wanted, atol=2e-6, rtol=2e-5, msg=f"{step.out} {name}")
+    if loaded.name == "adamms":
+        seen = transformers.Qwen2VLForConditionalGeneration.from_pretrained(made / "result")
+        assert torch.isfinite(seen(torch.arange(2, 11).unsqueeze(0)).logits).all()
+    elif "lm_head.weight" in everything[loaded.result]:
         logits = sources.load_model(made / "result")(torch.arange(9).unsqueeze(0)).logits
         assert torch.isfinite(logits).all()
 

@@ -6,6 +6,7 @@ import torch
 from fusion.merge import merge_state_dicts
 from fusion.post.aim import aim
 from fusion.post.lines import lines
+from fusion.post.repair import repair
 
 BASE, MERGED = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 4.0, 2.0, 4.0])
 
@@ -19,6 +20,7 @@ BASE, MERGED = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 4.0, 2.0, 
         ("model.layers.3.w", (3, 5), {"alpha": 0.1, "beta": 0.4}, 0.4),
         ("model.layers.0.w", (0, 1), {"alpha": 0.3}, 0.3),  # a single layer
         ("model.embed_tokens.weight", None, {"alpha": 0.3}, 0.3),
+        ("embed_out.weight", None, {"alpha": 0.3}, 1.0),
         ("transformer.wte.weight", None, {"alpha": 0.3, "beta": 0.2}, 0.3),
         ("model.norm.weight", None, {"alpha": 0.3, "beta": 0.2}, 0.5),
         ("lm_head.weight", None, {"alpha": 0.3}, 1.0),
@@ -70,3 +72,24 @@ def test_aim_follows_a_merge():
     out = merge_state_dicts("task_arithmetic", [model], base=base, inputs={"activations": activations}, post=post)
     torch.testing.assert_close(out[names[0]], torch.tensor([[1.425, 2.4], [2.575, 4.0]]))
     torch.testing.assert_close(out[names[1]], (BASE + MERGED) / 2)
+
+
+def test_repair_gives_rows_the_mean_length():
+    tensors = torch.tensor([[3.0, 0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 4.0, 1.0, 1.0, 0.0, 0.0]])
+    merged = 0.25 * tensors[0] + 0.75 * tensors[1]  # (0.75, 3), (1, 1), (0, 0)
+    out = repair(merged, tensors, torch.tensor([0.5, 1.5]), shape=(3, 2))
+    factor = (0.25 * 3 + 0.75 * 4) / (0.75**2 + 9) ** 0.5
+    torch.testing.assert_close(out, torch.tensor([0.75 * factor, 3 * factor, 1.0, 1.0, 0.0, 0.0]))
+    assert torch.equal(repair(merged, tensors, torch.ones(2), shape=(6,)), merged)
+    bounded = repair(merged, tensors, torch.tensor([0.5, 1.5]), shape=(3, 2), most=1.0)
+    assert torch.equal(bounded, merged)
+    with pytest.raises(ValueError, match="most is 0.5"):
+        repair(merged, tensors, torch.ones(2), shape=(3, 2), most=0.5)
+
+
+def test_repair_follows_a_merge_without_a_base():
+    generator = torch.Generator().manual_seed(0)
+    one, other = ({"w": torch.randn(5, 40, generator=generator)} for _ in range(2))
+    out = merge_state_dicts("linear", [one, other], weights=[0.5, 0.5], post=["repair"])["w"]
+    torch.testing.assert_close(out.norm(dim=1), (one["w"].norm(dim=1) + other["w"].norm(dim=1)) / 2)
+    torch.testing.assert_close(torch.cosine_similarity(out, one["w"] + other["w"]), torch.ones(5))

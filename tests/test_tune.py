@@ -83,6 +83,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tune("grpo", "grpo", rewards=["tests.brevity"], train=GROUP),
         tune("rloo", "rloo", rewards=["tests.brevity"], train=GROUP),
         tune("adapter", peft={"r": 2, "target_modules": ["q_proj"]}),
+        {"evaluate": {"models": ["start", "dpo", "merged"], "metrics": ["bits_per_byte"], "data": "text"}},
     )
     assert run.main([str(file), "--out", str(folder / "runs")]) == 0
     return folder / "runs" / "r"
@@ -130,6 +131,10 @@ def test_the_report_draws_rewards_and_what_merging_did(ran):
     page = (ran / "report.html").read_text()
     wanted = ("Reward margin on pairs", "Reward on pairs", "Update kept by online merging on pairs", "Loss on labels")
     assert [title for title in wanted if title not in page] == []
+    assert "Length of the merged update on pairs" in page
+    dpo, merged = json.loads((ran / "report.json").read_text())["taxes"]
+    assert (dpo["model"], dpo["start"], merged["model"]) == ("dpo", "start", "merged") and dpo["bits_per_byte"]
+    assert dpo["gains"].keys() == {"rewards/margins", "rewards/accuracies"} and "Alignment tax" in page
     assert "Language-model loss on text" in page and "Language-model loss on pairs" not in page
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Moments:
     sums: list[Tensor] = field(default_factory=list)  # (n,) and (m,) float64
     squares: list[Tensor] = field(default_factory=list)
     cross: Tensor = field(default_factory=lambda: torch.zeros(0))  # (n, m) float64
+    name: str = "an activation"  # for sentences
 
     def update(self, target: Tensor, donor: Tensor) -> None:  # (samples, n), (samples, m)
         """More samples, row by row the same ones; ValueError where they are not as many, or not finite."""
@@ -45,10 +46,13 @@ class Moments:
             self.cross = torch.zeros(shape, dtype=torch.float64, device=both[0].device)
         moved = [x - shift for x, shift in zip(both, self.shift)]
         for number, x in enumerate(moved):
-            if not bool(torch.isfinite(x.sum())):
-                raise ValueError("an activation is not finite")
+            squares = x.square().sum(0, dtype=torch.float64)
+            if not bool(torch.isfinite(squares.sum())):
+                raise ValueError(
+                    f"{self.name} is not finite in the {('target', 'donor')[number]}, or its square is not"
+                )
             self.sums[number] += x.sum(0, dtype=torch.float64)
-            self.squares[number] += x.square().sum(0, dtype=torch.float64)
+            self.squares[number] += squares
         self.cross += moved[0].mT @ moved[1]
         self.count += len(target)
 
@@ -64,12 +68,18 @@ class Moments:
         return [one.clamp_min(0) for one in found]
 
     @property
+    def dead(self) -> list[Tensor]:
+        """(n,) and (m,) bool: units that hardly vary."""
+        deviations = [variance.sqrt() for variance in self.variances]
+        return [one <= DEAD * one.max() for one in deviations]
+
+    @property
     def covariance(self) -> Tensor:
         """(n, m) covariances."""
         return self.cross / self.count - torch.outer(*(total / self.count for total in self.sums))
 
 
-def activations(moments: Moments, kind: str = "correlation") -> Tensor:
+def activations(moments: Moments, *, kind: Literal["correlation", "product"] = "correlation") -> Tensor:
     """(n, m) similarities: correlations, 0 for dead units, or `product`s, means of a b^T over both's root mean squares.
 
     Raises ValueError for fewer than two samples.
@@ -77,7 +87,7 @@ def activations(moments: Moments, kind: str = "correlation") -> Tensor:
     if moments.count < 2:
         raise ValueError(f"correlations need two samples or more; given: {moments.count}")
     if kind == "correlation":
-        deviations = [variance.sqrt() for variance in moments.variances]
+        deviations = [variance.sqrt().masked_fill(dead, 0) for variance, dead in zip(moments.variances, moments.dead)]
         table = moments.covariance
     elif kind == "product":
         table = moments.covariance + torch.outer(*moments.means)
@@ -85,7 +95,7 @@ def activations(moments: Moments, kind: str = "correlation") -> Tensor:
         deviations = [(variance + mean.square()).mean().sqrt().expand_as(mean) for variance, mean in pairs]
     else:
         raise ValueError(f"kind must be 'correlation' or 'product'; given: '{kind}'")
-    factors = [torch.where(d > DEAD * d.max(), 1 / d.clamp_min(torch.finfo(d.dtype).tiny), 0) for d in deviations]
+    factors = [torch.where(d > 0, 1 / d.clamp_min(torch.finfo(d.dtype).tiny), 0) for d in deviations]
     return table * factors[0][:, None] * factors[1]
 
 
@@ -113,21 +123,31 @@ class Tap:
     inner: int  # numbers for each unit, one after the other (a map flattened)
 
 
-def taps(module: nn.Module, spaces: Spaces) -> dict[str, list[Tap]]:
-    """By space within no other, the inputs of linear layers and convolutions that read it."""
-    found: dict[str, list[Tap]] = {}
+def taps(module: nn.Module, spaces: Spaces) -> dict[str, dict[str, Tap]]:
+    """By space within no other, and by the part that reads it, the inputs of linear layers and convolutions.
+
+    What reads the same norm has the same input: the first such part stands for all.
+    """
+    again = {name for norm in spaces.norms for name, _, _ in norm.readers[1:]}
+    found: dict[str, dict[str, Tap]] = {}
     for part in spaces.parts:
         name, _, last = part.names[0].rpartition(".")
-        if last != "weight" or not part.axes or not isinstance(module.get_submodule(name), nn.Linear | _Conv):
+        if last != "weight" or part.names[0] in again or len(part.shape) < 2:
             continue
-        reads = [axis for axis in part.axes if axis.space is not None and axis.role == "r"]
-        if len(reads) != 1 or spaces.by_name[reads[0].space or ""].within is not None or len(part.shape) < 2:
+        numbers = [number for number, axis in enumerate(part.axes) if axis.space is not None and axis.role == "r"]
+        if len(numbers) != 1:
             continue
-        if any(space.within == reads[0].space for space in spaces.spaces) or part.shape[1] % reads[0].size:
+        read = part.axes[numbers[0]]
+        dim = 1 if numbers[0] else 0  # a layer that stores its weight (in, out) reads on the first axis
+        linear = isinstance(module.get_submodule(name), nn.Linear | _Conv)
+        inside = spaces.by_name[read.space or ""].within is not None or spaces.inner(read.space or "")
+        if inside or linear is not bool(dim) or part.shape[dim] % read.size:
             continue
-        start, length = next(((start, size) for dim, start, size in part.take if dim == 1), (0, part.shape[1]))
-        tap = Tap(name, start, length, length // reads[0].size)
-        found.setdefault(reads[0].space or "", []).append(tap)
+        cuts = part.take if part.grid == part.shape else ()  # of a grid with more axes none is cut that is read
+        start, length = next(((start, size) for one, start, size in cuts if one == dim), (0, part.shape[dim]))
+        tap = Tap(name, start, length, length // read.size)
+        if all(tap != other for other in found.get(read.space or "", {}).values()):
+            found.setdefault(read.space or "", {})[part.key] = tap
     return found
 
 
@@ -141,7 +161,7 @@ def collect(
     donor_spaces: Spaces,
     batches: Iterable[Any],
     *,
-    kind: str = "correlation",
+    kind: Literal["correlation", "product"] = "correlation",
 ) -> dict[str, Tensor]:
     """By space the similarities (n, m) that `align(features=...)` takes; the mean over all places where it is read.
 
@@ -149,7 +169,7 @@ def collect(
     linear layer or convolution reads alone are left out. Raises ValueError where there is no data.
     """
     found = moments(target, donor, target_spaces, donor_spaces, batches)
-    return {name: torch.stack([activations(one, kind) for one in many]).mean(0) for name, many in found.items() if many}
+    return {name: torch.stack([activations(one, kind=kind) for one in many]).mean(0) for name, many in found.items()}
 
 
 def moments(
@@ -157,10 +177,14 @@ def moments(
 ) -> dict[str, list[Moments]]:
     """By space the moments at each place where both networks read it."""
     places = taps(target, target_spaces), taps(donor, donor_spaces)
-    found: dict[str, list[Moments]] = {
-        name: [Moments() for _ in zip(places[0][name], places[1][name])] for name in places[0] if name in places[1]
+    both = {
+        name: [(tap, places[1][name][key]) for key, tap in own.items() if key in places[1][name]]
+        for name, own in places[0].items()
+        if name in places[1]
     }
-    names = [{tap.module for name in found for tap in place[name]} for place in places]
+    both = {name: pairs for name, pairs in both.items() if pairs}
+    found = {name: [Moments(name=f"what {one.module} reads") for one, _ in pairs] for name, pairs in both.items()}
+    names = [{pair[side].module for pairs in both.values() for pair in pairs} for side in (0, 1)]
     for batch in batches:
         pair = batch if isinstance(batch, Pair) else Pair(batch, batch)
         seen = [
@@ -168,7 +192,7 @@ def moments(
             for module, given, which in zip((target, donor), (pair.target, pair.donor), names)
         ]
         for name, many in found.items():
-            for one, first, second in zip(many, places[0][name], places[1][name]):
+            for one, (first, second) in zip(many, both[name]):
                 x, y = _rows(target, seen[0], first), _rows(donor, seen[1], second)
                 x = x if pair.target_rows is None else x[pair.target_rows.to(x.device)]
                 one.update(x, y if pair.donor_rows is None else y[pair.donor_rows.to(y.device)])
@@ -205,7 +229,7 @@ def inputs_of(module: nn.Module, given: Any, names: Iterable[str]) -> dict[str, 
 def _rows(module: nn.Module, seen: Mapping[str, Tensor], tap: Tap) -> Tensor:
     """(samples, units) of one place."""
     x = seen[tap.module]
-    if not isinstance(module.get_submodule(tap.module), nn.Linear):
+    if isinstance(module.get_submodule(tap.module), _Conv):
         x = x.movedim(1, -1)
     x = x.narrow(-1, tap.start, tap.size)
     return x.reshape(-1, tap.size // tap.inner, tap.inner).transpose(1, 2).reshape(-1, tap.size // tap.inner)

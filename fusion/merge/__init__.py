@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["merge_checkpoints", "merge_state_dicts", "merge_tensors"]
+__all__ = ["blends", "merge_checkpoints", "merge_state_dicts", "merge_tensors"]
 
 
 def __getattr__(name: str) -> Any:

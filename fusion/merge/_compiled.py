@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor
 FLAGS = ("-O3", "-funroll-loops", "-ffp-contract=off", "-fPIC", "-shared")
 NATIVE = ("-march=native",)
 SOURCE = Path(__file__).with_name("_loops.c")
+ONE_BUILDS = threading.Lock()
 POINTER, COUNT = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
     "count_upper": (POINTER, COUNT, COUNT, POINTER, POINTER),
@@ -41,9 +43,15 @@ def loops(x: Tensor) -> ctypes.CDLL | None:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The loops, built unless they lie in the cache already; None, with a warning, where they can't be."""
+    with ONE_BUILDS:
+        return _library()
+
+
+def _library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        return _without("there is no C compiler ($CC, or cc)")
+        _without("there is no C compiler ($CC, or cc)")
+        return None
     # another processor, another compiler or another source is another library
     what = (SOURCE.read_bytes(), compiler.encode(), platform.machine().encode(), _processor())
     name = f"loops-{hashlib.sha256(b'|'.join(what)).hexdigest()[:16]}.so"
@@ -55,10 +63,12 @@ def library() -> ctypes.CDLL | None:
                 built = Path(scratch) / name
                 said = _build(compiler, NATIVE, built) and _build(compiler, (), built)
                 if said:
-                    return _without(f"{compiler} does not compile {SOURCE}: {said}")
+                    _without(f"{compiler} does not compile {SOURCE}: {said}")
+                    return None
                 os.replace(built, folder / name)
         except OSError as error:
-            return _without(f"they can't be kept: {error}")
+            _without(f"they can't be kept: {error}")
+            return None
     found = ctypes.CDLL(str(folder / name))
     for function, arguments in SIGNATURES.items():
         one = getattr(found, function)  # by index it would be another one every time

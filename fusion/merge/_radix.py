@@ -95,6 +95,7 @@ def _address(x: Tensor | None) -> int | None:
 
 def bucket(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:  # (... or 1, BINS) integers, (...) int64
     """(...) the bin of the k-th largest, and which of that bin, from its largest, it is; (-1, 0) where k is 0."""
+    k = k.to(counts.device)
     groups = counts.expand(*k.shape, -1).unflatten(-1, (-1, _GROUP))
     group, k = _from_top(groups.sum(-1), k)
     inside = groups.gather(-2, group.clamp(min=0)[..., None, None].expand(*group.shape, 1, _GROUP)).squeeze(-2)
@@ -112,6 +113,7 @@ def _from_top(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 def threshold(high: Tensor, low: Tensor, k: Tensor) -> Tensor:  # (K, HIGH), (K, B, LOW) int64, (K, B) int64
     """(K, B) float32 the k-th largest |x|, exact; inf where k is 0."""
+    k = k.to(high.device)
     upper, rest = bucket(high.unsqueeze(1), k)
     lower, _ = bucket(low, rest)
     bits = (upper << 16 | lower).int().view(torch.float32)

@@ -51,12 +51,12 @@ def shaped(word: str, name: str, statistic: str, found: list[Tensor], shape: tup
 
 
 def positive(word: str, name: str, statistic: str, given: Tensor | None) -> Tensor:  # (K, n)
-    """The same, checked to be there and to have no negative entry; ValueError naming tensor and model."""
+    """The same, checked to be there, finite and nowhere negative; ValueError naming tensor and model."""
     if given is None:
         raise ValueError(f"{word}: '{name}' has no statistic '{statistic}', which every tensor needs here")
     for t, one in enumerate(given):
-        if bool((one < 0).any()):
-            raise ValueError(f"{word}: '{statistic}' of '{name}' in model {t} has negative entries")
+        if not bool(((one >= 0) & one.isfinite()).all()):
+            raise ValueError(f"{word}: '{statistic}' of '{name}' in model {t} has negative entries, or infinity or NaN")
     return given
 
 

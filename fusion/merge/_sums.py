@@ -6,7 +6,8 @@ lanes are folded in halves, and blocks are added by a binary tree. A short last 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +47,17 @@ def row_total(x: Tensor, rows: int) -> Tensor:  # (..., rows * length)
     each = x.reshape(-1, x.shape[-1] // rows)
     at_once = max(1, _PIECE // max(1, each.shape[1]))
     return torch.cat([total(part) for part in each.split(at_once)]).view(*x.shape[:-1], rows)
+
+
+def row_length(shape: Sequence[int]) -> int:
+    """Numbers behind one index of the first axis; a vector is one row."""
+    return math.prod(shape[1:]) if len(shape) > 1 else max(math.prod(shape), 1)
+
+
+def whole_rows(shape: Sequence[int], chunk: int) -> int:
+    """The entries of 2^m whole rows, at most `chunk` of them unless one row is more."""
+    length = row_length(shape)
+    return length * (1 << max(0, (chunk // length).bit_length() - 1))
 
 
 def gram(vectors: Tensor) -> Tensor:  # (m, n) float32

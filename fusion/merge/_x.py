@@ -34,16 +34,17 @@ __all__ = [
     "agreeing",
     "bucket",
     "choice",
-    "combined",
     "deltas",
     "elect",
     "everything",
     "gram",
     "high_counts",
+    "is_embedding",
     "joined",
     "keep_count",
     "keep_counts",
     "largest",
+    "lower",
     "low_counts",
     "nonzeros",
     "numbers",
@@ -58,8 +59,11 @@ __all__ = [
     "total",
     "tree",
     "trimmed",
+    "upper",
     "values",
 ]
+
+EMBEDDINGS = ("emb", "wte", "wpe", "word_emb", "patch_emb")
 
 
 @dataclass(frozen=True)
@@ -158,14 +162,19 @@ def values(readings: Mapping[str, Reading]) -> dict[str, Tensor]:
     return {name: reading.value for name, reading in readings.items()}
 
 
-def combined(parts: Sequence[Mapping[str, Reading]]) -> dict[str, Tensor]:
-    """Readings of parts as the values of the whole; float sums by the tree, in the order given."""
-    return values(joined(parts))
-
-
 def deltas(tensors: Tensor, base: Tensor) -> Tensor:  # (K, n), (n,)
     """(K, n) task vectors, fresh memory."""
     return tensors - base
+
+
+def upper(tensors: Tensor, base: Tensor) -> dict[str, Reading]:
+    """The first of the two passes that find a magnitude of task vectors by its rank."""
+    return {"high": Sum(high_counts(tensors, base))}
+
+
+def lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict[str, Reading]:
+    """The second, in the buckets that the first one left."""
+    return {"low": Sum(low_counts(tensors, stats["bucket"], base))}
 
 
 def summed(deltas: Tensor, weights: Tensor, consensus: str) -> Tensor:  # (K, n), (K,)
@@ -234,6 +243,11 @@ def choice(word: str, parameter: str, given: str, allowed: Sequence[str]) -> Non
         near = difflib.get_close_matches(str(given), allowed, 1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise ValueError(f"{word}: {parameter} is '{given}', allowed are {', '.join(allowed)}{hint}")
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a part of the dotted name begins as those of embeddings do; GPT-NeoX calls its head embed_out."""
+    return any(part.startswith(EMBEDDINGS) and part != "embed_out" for part in name.split("."))
 
 
 def elect(deltas: Tensor, weights: Tensor, how: str = "weighted") -> Tensor:  # (K, n), (K,)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fusion.merge import _x
+from fusion.merge._sums import row_length
 from fusion.merge._x import Outputs, Reading, Sum
 
 UNIT = "row"
@@ -53,7 +54,7 @@ def arcee_fusion(
 
 def _importance(model: Tensor, base: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(1, n) float32."""
-    length = torch.Size(shape[1:]).numel() if len(shape) > 1 else len(model)
+    length = row_length(shape)
     log_p = torch.log_softmax(model.double().view(-1, length), 1)
     log_q = torch.log_softmax(base.double().view(-1, length), 1)
     divergence = _x.row_total((log_p.exp() * (log_p - log_q)).flatten(), len(log_p)).clamp(min=0)

@@ -8,20 +8,12 @@ import torch
 from torch import Tensor
 
 from fusion.merge import _x
-from fusion.merge._x import Outputs, Reading, Sum
+from fusion.merge._x import Outputs, Sum
 
 NEUTRAL = {"density": 1.0, "gamma": 0.0, "scale": 1.0}
 
 
-def upper(tensors: Tensor, base: Tensor) -> dict[str, Reading]:
-    return {"high": Sum(_x.high_counts(tensors, base))}
-
-
-def lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict[str, Reading]:
-    return {"low": Sum(_x.low_counts(tensors, stats["bucket"], base))}
-
-
-statistics = (upper, lower)
+statistics = (_x.upper, _x.lower)
 
 
 def passes(*, density: float | Sequence[float], gamma: float | Sequence[float]) -> int:
@@ -39,8 +31,7 @@ def settle(
     top = [int(share * m) for share, m in zip(_x.numbers(gamma, k, "gamma", 0, 1), n, strict=True)]
     # counted from the largest, the first `top` go and the next `kept` stay
     places = torch.tensor(
-        [[t + 1, min(t + c, m)] if c and t < m else [0, 0] for t, c, m in zip(top, kept, n, strict=True)],
-        device=high.device,
+        [[t + 1, min(t + c, m)] if c and t < m else [0, 0] for t, c, m in zip(top, kept, n, strict=True)]
     )
     if "low" not in stats:
         return {"high": high, "bucket": _x.bucket(high.unsqueeze(1), places)[0]}

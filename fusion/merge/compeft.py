@@ -22,11 +22,7 @@ def upper(tensors: Tensor, base: Tensor) -> dict[str, Reading]:
     return {"high": Sum(_x.high_counts(d)), **sums}
 
 
-def lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict[str, Reading]:
-    return {"low": Sum(_x.low_counts(tensors, stats["bucket"], base))}
-
-
-statistics = (upper, lower)
+statistics = (upper, _x.lower)
 
 
 def settle(stats: Mapping[str, Tensor], *, density: float | Sequence[float]) -> dict[str, Tensor]:
@@ -55,7 +51,7 @@ def compeft(
     scope: Literal["tensor", "model"] = "tensor",
 ) -> Outputs:
     """(n,) the base moved by the models' ternary task vectors. Raises ValueError when a density is outside [0, 1]."""
-    lengths = (weights * stats["deviation"] * _x.per_model(alpha, len(tensors), "alpha", 0)).tolist()
+    lengths = (weights * stats["deviation"] * _x.per_model(alpha, len(tensors), "alpha", 0).to(tensors.device)).tolist()
     moved, kept = torch.zeros_like(base), []
     for d, least, length in zip(_x.deltas(tensors, base), stats["threshold"].tolist(), lengths):
         signs = ternary(d, least)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion.merge._x import Outputs, Sum, deltas, numbers, scaled
+from fusion.merge._x import Outputs, Sum, deltas, numbers, scaled, summed
 
 NEUTRAL = {"agree": 1}
 
@@ -29,9 +29,7 @@ def consensus(
         raise ValueError(f"consensus: agree counts models, 1 to {len(tensors)} of them here, and is {agree}")
     ratios = numbers(ratio, len(tensors), "ratio", low=0.0)
     d = deltas(tensors, base)
-    tau = torch.zeros_like(base)
-    for weight, one in zip(weights.tolist(), d, strict=True):
-        tau.add_(one, alpha=weight)
+    tau = summed(d, weights, "none")
     masks = torch.stack([one.abs().gt_((tau - one).abs_().mul_(share)) for share, one in zip(ratios, d, strict=True)])
     agreed = masks.sum(0).ge_(agree)
     return Outputs(scaled(base, tau.mul_(agreed), scale), {"kept": Sum(torch.count_nonzero(masks.mul_(agreed), dim=1))})

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fusion.merge import _x
 from fusion.merge._draw import Draw
+from fusion.merge._sums import row_length
 from fusion.merge._x import Outputs, Reading, Sum
 
 UNIT = "row"
@@ -26,7 +27,7 @@ def statistics(
 ) -> dict[str, Reading]:
     """(K, 2) sums of |d|, of all entries and of those that stay."""
     d = _x.deltas(tensors, base).abs_()
-    rows = d.shape[1] // _length(d, shape)
+    rows = d.shape[1] // row_length(shape)
     sums = [_x.row_total(d, rows), _x.row_total(_pruned(d, draw, shape, density, epsilon, False), rows)]
     return {"sums": Sum(torch.stack([_x.tree(one.T) for one in sums], 1))}
 
@@ -62,7 +63,7 @@ def della(
 def _pruned(
     d: Tensor, draw: Draw, shape: tuple[int, ...], density: Share, epsilon: Share, inverse: bool
 ) -> Tensor:  # (K, n), which it overwrites
-    length = _length(d, shape)
+    length = row_length(shape)
     densities, epsilons = _x.numbers(density, len(d), "density", 0, 1), _x.numbers(epsilon, len(d), "epsilon", 0, 1)
     for model, (row, p, e) in enumerate(zip(d, densities, epsilons, strict=True)):
         if p - e <= 0 or p + e > 1:
@@ -77,7 +78,3 @@ def _pruned(
             if inverse:
                 row.div_(chance)
     return d
-
-
-def _length(d: Tensor, shape: tuple[int, ...]) -> int:
-    return d.shape[1] if len(shape) < 2 else torch.Size(shape[1:]).numel()

@@ -12,14 +12,6 @@ from fusion.merge._x import Max, Outputs, Reading, Sum
 SCOPE = "model"
 
 
-def sizes_upper(tensors: Tensor, base: Tensor) -> dict[str, Reading]:
-    return {"high": Sum(_x.high_counts(tensors, base))}
-
-
-def sizes_lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict[str, Reading]:
-    return {"low": Sum(_x.low_counts(tensors, stats["bucket"], base))}
-
-
 def balances_upper(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor], form: str) -> dict[str, Reading]:
     balance = _balance(_x.deltas(tensors, base), stats["ends"], form)
     return {"high": Sum(_x.high_counts(balance)), "most": Max(balance.amax(1))}
@@ -30,7 +22,7 @@ def balances_lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]
     return {"low": Sum(_x.low_counts(balance, stats["bucket"]))}
 
 
-statistics = (sizes_upper, sizes_lower, balances_upper, balances_lower)
+statistics = (_x.upper, _x.lower, balances_upper, balances_lower)
 
 
 def settle(stats: Mapping[str, Tensor], *, density: float, clip: float) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ def settle(stats: Mapping[str, Tensor], *, density: float | Sequence[float], cou
     high = stats["high"]
     n = high.sum(-1).tolist()
     kept = _x.keep_counts(_x.numbers(density, len(n), "density", 0, 1), n, count)
-    k = torch.tensor(kept, device=high.device).unsqueeze(1)
+    k = torch.tensor(kept).unsqueeze(1)
     if "low" not in stats:
         return {"high": high, "bucket": _x.bucket(high.unsqueeze(1), k)[0]}
     return {"threshold": _x.threshold(high, stats["low"], k).squeeze(1)}

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from fusion.merge._x import is_embedding
+
 UNIT = "tensor"
 NEUTRAL = {"calibration": 1.0}
 SLAB = 1 << 16  # entries that are float64 at a time: they stay in a core's cache
-EMBEDDINGS = ("emb", "wte", "wpe", "word_emb")
 
 
 def widen(
@@ -28,7 +29,7 @@ def widen(
         d = (tensors - base).view(len(tensors), -1)
         scores = _score(d.abs(), ratio, calibration)
         return base + (scores * d).sum(0).view_as(base)
-    by_rows = any(part.startswith(EMBEDDINGS) for part in name.split("."))
+    by_rows = is_embedding(name)
     matrices, start = tensors.flatten(2), base.flatten(1)
     moved = [_moved(matrix, start, by_rows) for matrix in matrices]
     longer, turned = (_score(torch.stack(one), ratio, calibration) for one in zip(*moved, strict=True))

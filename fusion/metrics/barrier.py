@@ -51,6 +51,7 @@ def barrier(
         _place(ends, 1.0)  # other metrics measure the same model
     rises = [one - (1 - share) * losses[0] - share * losses[-1] for share, one in zip(shares, losses)]
     return {
+        "target": target,
         "barrier": max(max(rises), 0.0),
         "at": shares[max(range(len(rises)), key=rises.__getitem__)],
         "middle": middle,

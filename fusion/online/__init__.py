@@ -2,8 +2,12 @@
 
 from typing import Any
 
-HANDED_ON = {"OnlineMerge": "fusion.online.settings", "OnlineMergeCallback": "fusion.online.callback"}
-__all__ = ["OnlineMerge", "OnlineMergeCallback"]
+HANDED_ON = {
+    "OnlineMerge": "fusion.online.settings",
+    "OnlineMergeCallback": "fusion.online.callback",
+    "merge_into": "fusion.online.live",
+}
+__all__ = ["OnlineMerge", "OnlineMergeCallback", "merge_into"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from fusion._method import Region
-from fusion._params import layer_count, layer_index
+from fusion._params import depths, layer_of
 from fusion._say import nearest
 from fusion.merge._draw import Draw
 from fusion.merge._x import Outputs, Running, Sum
 from fusion.online._reduce import added_up, over_ranks
+from fusion.online._sparse import Sparse
 from fusion.online.layouts import Piece, layout
 from fusion.online.settings import OnlineMerge, Readable
 
 CHUNK = 1 << 18  # elements merged at once: what is alive beside the weights stays small
+SPARSE = 0.5  # density below which 8 bytes a kept entry are fewer than 4 an entry
 MASKED = 1  # the task vector is the second of the two that are merged
 
 
@@ -34,7 +36,7 @@ class Handle:
         self.merge, self.optimizer = merge, optimizer
         self.method, self.params = merge.checked()
         self.layout = layout(optimizer, named)
-        self.layers = layer_count(name for name, _ in named)
+        self.depths = depths(name for name, _ in named)
         self.steps: dict[str, int] = {}  # key of the layout -> optimizer steps seen
         self.snapshots: dict[str, list[Tensor]] = {}  # key -> its pieces at the start of the window
         self.watch = False  # measure the next merge
@@ -74,9 +76,9 @@ class Handle:
     def _pieces(self, key: str) -> tuple[Piece, ...]:
         return next((pieces for one, pieces in self.layout.held.values() if one == key), ())
 
-    def _vectors(self, given: Mapping[str, Tensor | Readable]) -> dict[str, Tensor]:
-        """The task vector under each piece, (n,) in its own dtype."""
-        found: dict[str, Tensor] = {}
+    def _vectors(self, given: Mapping[str, Tensor | Readable]) -> dict[str, Tensor | Sparse]:
+        """The task vector under each piece, (n,) in its own dtype, or sparse."""
+        found: dict[str, Tensor | Sparse] = {}
         moved = not self.layout.pieces
         for piece in self.layout.pieces:
             if piece.name not in given:
@@ -101,13 +103,14 @@ class Handle:
             raise ValueError("the task vector is zero everywhere: reference and base are the same model")
         return found
 
-    def _masked(self, piece: Piece, vector: Tensor) -> Tensor:
-        """The task vector with the mask that the authors' code draws once."""
+    def _masked(self, piece: Piece, vector: Tensor) -> Tensor | Sparse:
+        """The task vector with the mask that the authors' code draws once; sparse where that is smaller."""
         if self.merge.semantics != "code" or self.method.word != "dare":
             return vector
         p = float(self.params["density"])
         keep = Draw(self.merge.seed, piece.name, piece.start, len(vector), 0, str(vector.device)).uniform(MASKED) < p
-        return (vector.float() / p).clamp_(-1, 1).mul_(keep)
+        masked = (vector.float() / p).clamp_(-1, 1).mul_(keep)
+        return Sparse.of(masked) if p < SPARSE else masked
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.merge.idle:
@@ -184,21 +187,23 @@ class Handle:
     def _regions(self, piece: Piece, old: Tensor, stats: Mapping[str, Tensor], step: int) -> Iterator[Region]:
         """[update, task vector], chunk by chunk; one chunk's memory serves the next."""
         vector, weights = self.vectors[piece.name], self._weights(piece.flat.device)
-        index = layer_index(piece.name)
         room = torch.empty(3 * min(CHUNK, len(old)), device=piece.flat.device)
         for first in range(0, len(old), CHUNK):
             here = slice(first, first + CHUNK)
             count = len(old[here])
             both, base = room[: 2 * count].view(2, count), room[2 * count : 3 * count].zero_()
             torch.sub(piece.flat[here], old[here], out=both[0])
-            both[1].copy_(vector[here])
+            if isinstance(vector, Sparse):
+                vector.into(first, both[1])
+            else:
+                both[1].copy_(vector[here])
             yield Region(
                 both,
                 base,
                 weights,
                 piece.name,
                 piece.shape,
-                layer=None if index is None else (index, self.layers),
+                layer=layer_of(piece.name, self.depths),
                 start=piece.start + first,
                 stats=stats,
                 seed=self.merge.seed,
@@ -210,8 +215,7 @@ class Handle:
 
     def _concrete(self, name: str) -> dict[str, Any]:
         """The method's parameters for one tensor."""
-        index = layer_index(name)
-        params = self.method.resolve(self.params, name, None if index is None else (index, self.layers))
+        params = self.method.resolve(self.params, name, layer_of(name, self.depths))
         if self.merge.semantics == "code" and self.method.word == "dare":
             params["density"] = [float(params["density"]), 1.0]  # the task vector is masked already
         return params

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from fusion._params import layer_count, layer_index
+from fusion._params import depths, layer_of
 from fusion.checkpoint import Source
 from fusion.online import _saved
+from fusion.online._factors import factors
 from fusion.online._reduce import added_up
 from fusion.online.attach import Handle
 from fusion.online.final import Final
@@ -64,11 +65,10 @@ class OnlineMergeCallback(TrainerCallback):
         """Attaches to the innermost torch optimizer, which exists by now, and goes on where a checkpoint left off."""
         model = unwrapped(given["model"])
         names = [name for name, _ in model.named_parameters()]
-        if any(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad):
-            raise ValueError(
-                "a LoRA adapter's factors have no task vector to merge into a step: the reference's change lies in the "
-                "weights that the adapter sits on; tune all weights, or merge the adapter in and then tune"
-            )
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if any(".lora_" in name for name in trained):
+            self._tune_adapter(args, state, model, trained, given["optimizer"])
+            return
         base = opened(self.base, "base")
         reference = None if self.reference is None else opened(self.reference, "reference")
         start = str(model.config.name_or_path)  # where the model was loaded from
@@ -91,6 +91,26 @@ class OnlineMergeCallback(TrainerCallback):
         if self.extras.ema is not None or self.extras.towards_init:
             back = opened(start, "the model being tuned") if self.extras.towards_init else None
             self.final = Final(self.handle.layout, optimizer, self.extras, back)
+        self._go_on(args, state)
+
+    def _tune_adapter(self, args: Any, state: Any, model: Any, trained: list[str], optimizer: Any) -> None:
+        """Attaches to the factors of an adapter."""
+        assert self.base is not None
+        if self.extras.towards_init:
+            raise ValueError("towards_init goes back to a whole model's weights; leave it out for a LoRA adapter")
+        if self.reference is None and state.global_step > 0:
+            raise ValueError("a resumed run needs the reference: the directory of the adapter that tuning began with")
+        scales = self._scales([name for name, _ in model.named_parameters()])
+        vectors = factors(trained, self.base, self.reference, state.global_step > 0, scales)
+        inner = innermost(optimizer)
+        self.handle = self.merge.attach(inner, model.named_parameters(), vectors)
+        if self.extras.ema is not None:
+            self.final = Final(self.handle.layout, inner, self.extras, None)
+        self._go_on(args, state)
+
+    def _go_on(self, args: Any, state: Any) -> None:
+        """Says what the density means, and reads what a checkpoint holds."""
+        assert self.handle is not None
         if state.is_world_process_zero and (said := self.rate()):
             print(said)
         if state.global_step > 0:
@@ -113,10 +133,9 @@ class OnlineMergeCallback(TrainerCallback):
             return None
         from fusion.post.lines import lines
 
-        count, found = layer_count(names), {}
+        stacks, found = depths(names), {}
         for name in names:
-            index = layer_index(name)
-            layer = None if index is None else (index, count)
+            layer = layer_of(name, stacks)
             found[name] = float(lines(torch.ones(1), torch.zeros(1), name=name, layer=layer, **self.extras.lines))
         return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusion._say import nearest
-from fusion.checkpoint import Source, open_source
+from fusion.checkpoint import Source, open_source, region
 from fusion.online.layouts import Piece
 
 
@@ -52,7 +52,7 @@ class Difference:
 
     def read(self, start: int, stop: int, weights: Tensor) -> Tensor:
         """(stop - start,) of the reference less the base."""
-        base = region(self.of.base, self.name, start, stop).to(weights.device)
+        base = region(self.of.base, self.name, start, stop).float().to(weights.device)
         scale = 1.0 if self.of.scale is None else self.of.scale[self.name]
         if self.of.reference is None:
             return (weights.float() - base).mul_(scale).to(self.of.dtype)
@@ -61,22 +61,15 @@ class Difference:
             raise ValueError(f"the reference has no tensor '{self.name}'{nearest(self.name, known)}")
         if known[self.name].shape != self.shape:
             raise ValueError(f"'{self.name}' is {known[self.name].shape} in the reference and {self.shape} in the base")
-        there = region(self.of.reference, self.name, start, stop).to(weights.device)
+        there = region(self.of.reference, self.name, start, stop).float().to(weights.device)
         return (there - base).mul_(scale).to(self.of.dtype)
-
-
-def region(source: Source, name: str, start: int, stop: int) -> Tensor:
-    """(stop - start,) float32."""
-    raw = torch.empty(stop - start, dtype=source.entries[name].dtype)
-    source.read(name, start, stop, raw)
-    return raw.float()
 
 
 def checked_region(source: Source, what: str, piece: Piece, stop: int) -> Tensor:
     """(stop - piece.start,) float32; ValueError when there is no such tensor, or one of another shape."""
     if piece.name not in source.entries or source.entries[piece.name].shape != piece.shape:
         raise ValueError(f"{what} ({source.path}) has no tensor '{piece.name}' of {piece.shape}")
-    return region(source, piece.name, piece.start, stop)
+    return region(source, piece.name, piece.start, stop).float()
 
 
 def refuse_ties(source: Source, what: str, names: Iterable[str], tied: Mapping[str, str]) -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-EMBEDDINGS = ("emb", "wte", "wpe", "word_emb", "patch_emb")
+from fusion.merge._x import is_embedding
 
 
 def lines(
@@ -27,9 +27,5 @@ def lines(
         index, count = layer
         depth = index / (count - 1) if count > 1 else 0.0
     else:
-        depth = 0.0 if outside == "alpha" or _embeds(name) else 1.0
+        depth = 0.0 if outside == "alpha" or is_embedding(name) else 1.0
     return base + (tensor - base) * (alpha + beta * depth)
-
-
-def _embeds(name: str) -> bool:
-    return any(part.startswith(EMBEDDINGS) for part in name.split("."))

@@ -18,36 +18,51 @@ def align(
     out: str,
     target: str,
     donor: str,
-    features: str = "weights",
+    features: str | dict[str, Any] = "weights",
     match: str | dict[str, Any] = "hungarian",
     sweeps: int = 5,
     data: str | None = None,
+    among: list[str] | None = None,
+    spaces: list[str] | None = None,
     untie: bool = False,
     shard_size: str = "5GB",
 ) -> None:
     """The donor's weights in the names, sizes, units and tokenizer of `target`; what has no counterpart is the target's
     own and is listed in metrics.json. The maps lie in extras/maps.safetensors.
 
-    Of networks of other depth, layers are compared by their states on `data`. `untie` gives the result a head of its
-    own where the target's is tied, so that norm gains fold and the stream may rotate.
+    Of networks of other depth, layers are compared by their states on `data`; by features `activations` units are,
+    wherever a linear layer reads them, and tokens may then be other ones. `spaces` are globs of those that may move.
+    `among` are several models of one size, target and donor too: the donor goes through the universe of all of them, so
+    that the result does not depend on their order. `untie` gives the result a head of its own where the target's is
+    tied, so that norm gains fold and the stream may rotate.
     """
     if job.rank != 0:
         return
     from fusion import words
-    from fusion._align import aligned, likeness, pair_of, report, written
+    from fusion._align import aligned, likeness, pair_of, written
+    from fusion._align_metrics import report
+    from fusion._align_report import Alignment
+    from fusion._among import through_universe
+    from fusion._features import described
     from fusion._say import bytes_of
 
-    pair = pair_of(job, target, donor, untie)
+    seen = words.parse("features", features, f"{job.place}.features")[0] != "weights"
+    pair = pair_of(job, target, donor, untie, spaces, text=seen)
     layers = likeness(job, pair, data) if pair.deeper else None
+    units = described(job, pair, features, data, layers)
     word, params = words.parse("match", match, f"{job.place}.match")
-    maps, tensors = aligned(pair, word, params, layers, sweeps, job.seed)
+    through = through_universe(job, pair, among, spaces, sweeps) if among else None
+    maps, tensors = aligned(pair, word, params, layers, sweeps, job.seed, units, through)
     (job.directory / "extras").mkdir(
         exist_ok=True
     )  # apart from the weights, which are all safetensors beside the config
     maps.save(job.directory / "extras" / "maps.safetensors")
     written(job, pair, tensors, bytes_of(shard_size, f"{job.place}.shard_size"))
-    found = {"target": target, "donor": donor, "match": word, "params": params, **report(pair, maps, tensors, layers)}
+    found = {"target": target, "donor": donor, "match": word, "params": params, **({"among": among} if among else {})}
+    found |= report(pair, maps, tensors, layers, units)
     (job.directory / "metrics.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for sentence in Alignment(out, target, donor, word, found).sentences:
+        print(sentence, flush=True)
 
 
 def check(view: View) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from fusion.job import Job
+    from fusion.plan import View
 
 OUTPUT = "a compressed task vector"
 FOLDER = "task_vector"
@@ -30,10 +31,19 @@ def compress(
 
     shutil.rmtree(job.directory / FOLDER, ignore_errors=True)
     source, below = job.source(model), job.source(base)
-    made = write(method, source, below, job.directory / FOLDER, **(params or {}))
+    made = write(method, source, below, job.directory / FOLDER, params)
     written = sum(file.stat().st_size for file in (job.directory / FOLDER).glob("compression.*"))
     stored = sum(entry.numel * entry.stored.itemsize for entry in source.entries.values())
     entries = sum(entry.numel for entry in made.entries.values())
     metrics = {"bytes": written, "bits_per_entry": 8 * written / entries, "times_smaller": stored / written}
     (job.directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     job.log(**metrics)
+
+
+def check(view: "View") -> None:
+    """Raises ValueError, with the place, for parameters that the method does not have; `plan` calls it."""
+    from fusion._method import Method
+
+    method = Method.of(view.fields["method"])
+    if method.scope(method.check(view.fields["params"] or {}, 1, place=f"{view.place}.params")) == "model":
+        raise ValueError(f"{view.place}.params: scope is model, and task vectors are compressed tensor by tensor")

@@ -86,11 +86,10 @@ def _model(job: Job, fields: dict[str, Any], given: dict[str, Any], shard_size: 
         shard_size=bytes_of(shard_size, "shard_size"),
         **given,
     )
-    whole = plan.recipe is not None and plan.recipe.method.unit == "tensor"
     run = Run(
         memory=bytes_of(memory, "memory"),
         threads=threads_here(None),
-        device=job.device if whole else "cpu",
+        device=job.device,
         rank=job.rank,
         world=job.world,
         wait=job.wait,

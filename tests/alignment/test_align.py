@@ -1,13 +1,11 @@
 """Planted copies are found again: exactly without noise, nearly all units with noise of 1 % of the weights' scale."""
 
 import itertools
-import json
-import time
 
 import pytest
 import torch
 
-from alignment import Maps, align, find_family, fold
+from alignment import Maps, align, find_family
 from alignment._balance import balance
 from alignment._heads import assign_heads
 from alignment.features.weights import weights
@@ -16,6 +14,7 @@ from alignment.match.hungarian import hungarian
 from alignment.match.procrustes import procrustes
 from alignment.verify import double
 from alignment.vocab import VocabMap
+from tests.bench.planted import planted as planted_copy
 from tests.networks import CASES, network
 
 PLANTED = [
@@ -226,26 +225,10 @@ def test_bad_input_gets_a_sentence():
 @pytest.mark.slow
 @pytest.mark.parametrize("folded", [False, True], ids=["as given", "folded"])
 def test_a_noisy_copy_of_a_real_network_is_found(folded, smollm2):
-    from safetensors.torch import load_file
-
-    config = json.loads((smollm2 / "config.json").read_text())
-    tensors = {name: tensor.float() for name, tensor in load_file(smollm2 / "model.safetensors").items()}
-    if folded:
-        tensors, config = fold(tensors, config, untie=True)
-    spaces = find_family(config)
-    symmetry, generator = spaces.random_symmetry(1), torch.Generator().manual_seed(0)
-    gains = {norm.gain for norm in spaces.norms} if folded else set()
-    noisy = {
-        name: tensor if name in gains else tensor + 0.01 * rms(tensor) * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in tensors.items()
-    }
-    donor = symmetry.carry(noisy)
-    start = time.perf_counter()
-    maps = align(tensors, donor, spaces, spaces)
-    assert time.perf_counter() - start < 180
-    assert recovered(maps, symmetry) >= 0.99
-    back = maps.carry(donor)
-    assert max(float((back[name] - tensor).norm() / tensor.norm()) for name, tensor in tensors.items()) < 0.03
+    found = planted_copy(smollm2, folded)
+    assert found.seconds < 180
+    assert found.back >= 0.99 * found.units and found.units > 46000
+    assert found.error < 0.03, found.worst
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alignment import align, find_family
-from alignment.layers import LinearCKA, layer_types, match_layers
+from alignment.layers import LinearCKA, layer_types, match_layers, types_of_both
 from alignment.verify import double
 from tests.networks import network
 
@@ -91,3 +91,13 @@ def test_types_tell_dense_layers_from_experts():
     assert first != second and "experts" in second
     config, _, _ = network("gemma3_text")
     assert all(one.startswith(("sliding_attention", "full_attention")) for one in layer_types(find_family(config)))
+
+
+def test_kinds_of_attention_count_where_both_networks_have_several():
+    """A Llama has one kind of layer, and a Gemma's local and global ones may all be its counterparts."""
+    local = find_family({**network("gemma3_text")[0], "layer_types": ["sliding_attention", "full_attention"]})
+    plain = find_family(network("llama")[0])
+    assert len(set(layer_types(local))) == 2
+    one, other = types_of_both(plain, local)
+    assert set(one) == set(other) and len(set(other)) == 1
+    assert types_of_both(local, local) == (layer_types(local), layer_types(local))

@@ -1,7 +1,7 @@
 """Pairs of MLPs trained from two seeds on scikit-learn's digits, combined by every means: accuracy, mean and spread.
 
     pip install -e '.[bench]'
-    python -m tests.bench.digits [--pairs 10] [--seconds 170]
+    python -m tests.bench.digits [--pairs 10] [--seconds 500]
 
 1,297 of the 1,797 images are for training (and for activations), 500 for testing; both networks of a pair see the same.
 """
@@ -13,7 +13,8 @@ import time
 import torch
 from torch.nn import functional as F
 
-from alignment import Maps, align, trace
+from alignment import Maps, align, refine, trace, universe
+from alignment.apart import partly
 from alignment.features.activations import collect
 from alignment.least_squares import least_squares
 from alignment.repair import repair
@@ -75,6 +76,9 @@ def pair(first, second, train, test):
 
     found["OT fusion by weights, one pass"] = score(mean([states[0], carried(match="emd", sweeps=1)]))
     found["weight matching"] = score(mean([states[0], carried(sweeps=20)]))
+    labelled = list(zip(batches, train[1].split(256)))
+    refined = refine(first, states[1], spaces, labelled, F.cross_entropy, epochs=10, learning_rate=0.1)
+    found["weight matching, refined straight through"] = score(mean([states[0], refined.carry(states[1])]))
     tables = [[collect(a, b, spaces, spaces, batches) for b in (first, second)] for a in (first, second)]
     own = carried(features=tables[0][1])
     aligned = [states[0], own]
@@ -87,8 +91,40 @@ def pair(first, second, train, test):
         module.load_state_dict(mean(aligned))
         least_squares(module, aligned, batches, inputs=inputs)
         found[f"activation matching, {say}"] = score(dict(module.state_dict()))
+    for flops in (1.25, 1.5, 2.0):
+        wide, groups = partly(first, spaces, aligned, batches, flops=flops)
+        for solved in (False, True):
+            if solved:
+                least_squares(wide, aligned, batches, spaces=spaces, groups=groups)
+            with torch.no_grad():
+                found[f"{flops:g} times the work{', least squares' * solved}"] = accuracy(wide(x), y)
     joint = {name: torch.cat([torch.cat([one[name] for one in row], 1) for row in tables]) for name in tables[0][0]}
     found["zip"] = score(zip_networks(spaces, states, joint))
+    return found
+
+
+def triple(modules, train, test):
+    """Accuracy by method of three trained networks of one shape."""
+    spaces = trace(modules[0], train[0][:2])
+    states, (x, y) = [dict(one.state_dict()) for one in modules], test
+    module = copy.deepcopy(modules[0])
+
+    def score(tensors):
+        module.load_state_dict(tensors)
+        with torch.no_grad():
+            return accuracy(module(x), y)
+
+    with torch.no_grad():
+        found = {"three: ensemble of their predictions": accuracy(sum(one(x).softmax(-1) for one in modules), y)}
+    found["three: naive average"] = score(mean(states))
+    rows = [
+        score(mean([own, *(align(own, one, spaces, spaces, sweeps=20).carry(one) for one in states if one is not own)]))
+        for own in states
+    ]
+    found["three: weight matching, two of them to the third (mean of the three choices)"] = sum(rows) / 3
+    for steps, say in ((0, "without Frank-Wolfe"), (20, "20 steps of Frank-Wolfe")):
+        maps = universe(states, spaces, steps=steps)
+        found[f"three: universe, {say}"] = score(mean([one.carry(state) for one, state in zip(maps, states)]))
     return found
 
 
@@ -128,16 +164,18 @@ def table(results):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=170)
+    parser.add_argument("--seconds", type=float, default=500)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    start, (train, test), same, other = time.perf_counter(), digits(), [], []
+    start, (train, test), same, several, other = time.perf_counter(), digits(), [], [], []
     for number in range(given.pairs):
         first, second = (trained(2 * number + seed, train) for seed in (0, 1))
         same.append(pair(first, second, train, test))
+        several.append(triple([first, second, trained(2000 + number, train)], train, test))
         other.append(widths(first, trained(1000 + number, train, SMALL), train, test))
         if time.perf_counter() - start > given.seconds:
             break
     print(f"{len(same)} pairs, {time.perf_counter() - start:.0f} s")
     table(same)
+    table(several)
     table(other)

@@ -1,0 +1,138 @@
+"""A network in training merged with checkpoints on disk where its weights lie: no shard is gathered.
+
+Each rank reads of the checkpoints what it holds of the network; statistics add up over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion._method import Method, Region
+from fusion._params import depths, layer_of
+from fusion.checkpoint import Source
+from fusion.merge._x import Running
+from fusion.online._reduce import over_ranks
+from fusion.online.layouts import Layout, Piece, layout
+from fusion.online.vectors import checked_region
+
+CHUNK = 1 << 18  # elements merged at once
+
+
+@torch.no_grad()
+def merge_into(
+    optimizer: Any,  # torch's, or one of DeepSpeed or accelerate around it
+    named_parameters: Iterable[tuple[str, Tensor]],
+    method: str,
+    sources: Sequence[Source],
+    *,
+    base: Source | None = None,
+    weights: Sequence[float] | None = None,  # of the network first, then of the sources; 1 each when left out
+    seed: int = 0,
+    params: Mapping[str, Any] | None = None,
+) -> None:
+    """The network becomes method([network, *sources]), in the weights that the optimizer steps on and in its own.
+
+    Parameters that aren't trained stay. All ranks call it, between two steps. The result is that of `merge_tensors`:
+    bit by bit where statistics are integers or none are needed, else to rounding. Raises ValueError for methods that
+    need whole rows, tensors or the whole model, and for checkpoints that lack a tensor.
+    """
+    found = Method.of(method)
+    k = 1 + len(sources)
+    fitted = found.check(params or {}, k, base=base is not None, weights=weights is not None, live=True)
+    if found.inputs:
+        raise ValueError(f"{method} reads {', '.join(found.inputs)} of each model; a network in training has none")
+    if found.scope(fitted) == "model":
+        raise ValueError(f"{method} looks at the whole model here (scope: model); shards merge tensor by tensor")
+    if weights is not None and len(weights) != k:
+        raise ValueError(f"{method}: {len(weights)} weights for {k} models; the network's comes first")
+    wrappers, named = _unwrapped(optimizer), list(named_parameters)
+    held = layout(wrappers[-1], named)
+    if held.kind == "zero" and len(wrappers) == 1:
+        raise ValueError("give DeepSpeed's optimizer (engine.optimizer): torch's does not reach the model's weights")
+    for piece in held.pieces:  # before the first weight changes
+        for one in sources:
+            checked_region(one, "a source", piece, piece.start)
+        if base is not None:
+            checked_region(base, "the base", piece, piece.start)
+    stacks = depths(name for name, _ in named)
+    concrete = {name: found.resolve(fitted, name, layer_of(name, stacks)) for name, _ in named}
+    w = torch.ones(k) if weights is None else torch.tensor([float(one) for one in weights])
+
+    def regions(piece: Piece, stats: Mapping[str, Tensor]) -> Iterator[Region]:
+        for first in range(0, piece.flat.numel(), CHUNK):
+            here = piece.flat[first : first + CHUNK]
+            part = Piece(piece.name, piece.shape, piece.start + first, here)
+            stop = part.start + here.numel()
+            read = [checked_region(one, "a source", part, stop).to(here.device) for one in sources]
+            below = None if base is None else checked_region(base, "the base", part, stop).to(here.device)
+            tensors = torch.stack([here.float(), *read])
+            layer = layer_of(piece.name, stacks)
+            yield Region(
+                tensors, below, w.to(here.device), piece.name, piece.shape, layer, part.start, stats, seed=seed
+            )
+
+    stats = _statistics(found, concrete, held, regions, base is not None, w)
+    for piece in held.pieces:
+        for region in regions(piece, stats[piece.name]):
+            merged = found.call(region, concrete[piece.name]).tensor
+            if not bool(torch.isfinite(merged).all()):
+                raise ValueError(f"{method}: '{piece.name}' is not finite after the merge")
+            at = region.start - piece.start
+            piece.flat[at : at + merged.numel()].copy_(merged)
+    _hand_over(held, wrappers, named)
+
+
+def _statistics(
+    method: Method, params: Mapping[str, Any], held: Layout, regions: Any, based: bool, weights: Tensor
+) -> dict[str, Mapping[str, Tensor]]:
+    """By name the settled statistics of each tensor, those of split ones over all ranks."""
+    split = list(dict.fromkeys(name for names in held.split.values() for name in names))
+    stats: dict[str, Mapping[str, Tensor]] = {name: {} for name in [*(p.name for p in held.pieces), *split]}
+    needed = {name: method.needed(params[name]) for name in stats}
+    for index in range(max(needed.values(), default=0)):
+        readings: dict[str, Mapping[str, Any]] = {}
+        for piece in held.pieces:
+            if index >= needed[piece.name]:
+                continue
+            running = Running()
+            for i, region in enumerate(regions(piece, stats[piece.name])):
+                running.add(i, method.call_pass(index, region, params[piece.name]))
+            readings[piece.name] = running.readings()
+
+        def nothing(name: str, index: int = index) -> Mapping[str, Any]:
+            one = torch.zeros(len(weights), 1, device=held.device)
+            below = one[0] if based else None
+            region = Region(one, below, weights.to(one.device), name, (1,), stats=stats[name])
+            return method.call_pass(index, region, params[name])
+
+        shared = [name for name in split if index < needed[name]]
+        if shared:
+            readings |= over_ranks({n: readings[n] for n in shared if n in readings}, shared, nothing)
+        for name, found in readings.items():
+            values = {one: reading.value for one, reading in found.items()}
+            stats[name] = method.settle({**stats[name], **values}, params[name], weights)
+    return stats
+
+
+def _unwrapped(optimizer: Any) -> list[Any]:
+    """The optimizer and those inside it, the one that steps last."""
+    found = [optimizer]
+    while "optimizer" in vars(found[-1]):
+        found.append(found[-1].optimizer)
+    return found
+
+
+def _hand_over(held: Layout, wrappers: Sequence[Any], named: Sequence[tuple[str, Tensor]]) -> None:
+    """Gives DeepSpeed's model what its fp32 weights have become, as the end of a step does."""
+    if held.kind == "zero3":
+        zero = next(vars(p)["_z3_optimizer"] for _, p in named if p.requires_grad)
+        for number in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    elif held.kind == "zero":
+        wrappers[-2].update_lp_params()

@@ -1,0 +1,115 @@
+"""A network in training merged with checkpoints on disk: whatever the sharding, `merge_tensors` of whole tensors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fusion.checkpoint import open_source
+from fusion.merge import merge_tensors
+from fusion.online import merge_into
+from tests.live_rank import CASES
+from tests.online_rank import groups, start
+from tests.test_online_ranks import ROOT, free_port
+
+NAMES = ("base", "one", "two")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("live")
+    net, _ = start()
+    for i, name in enumerate(NAMES):
+        g = torch.Generator().manual_seed(20 + i)
+        (made / name).mkdir()
+        (made / name / "config.json").write_text(json.dumps({"model_type": "none"}))
+        state = {n: p.detach() + 0.1 * torch.randn(p.shape, generator=g) for n, p in net.named_parameters()}
+        save_file(state, made / name / "model.safetensors")
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    net, _ = start()
+    base, one, two = (load_file(folder / name / "model.safetensors") for name in NAMES)
+    out = {}
+    for method, (weights, params) in CASES.items():
+        for name, p in net.named_parameters():
+            tensors = [p.detach(), one[name], two[name]]
+            merged = merge_tensors(method, tensors, base=base[name], weights=weights, seed=3, name=name, **params)
+            assert not torch.equal(merged, p)
+            out[f"{method}/{name}"] = merged
+    return out
+
+
+def ranks(kind, dtype, folder):
+    base = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "LOCAL_SIZE": "2",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    command = [sys.executable, str(ROOT / "tests" / "live_rank.py"), kind, dtype, str(folder)]
+    started = [
+        subprocess.Popen(
+            command,
+            env=base | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    said = [one.communicate(timeout=240)[0] for one in started]
+    assert all(one.returncode == 0 for one in started), "\n".join(text[-3000:] for text in said)
+    return load_file(folder / f"{kind}-{dtype}.safetensors")
+
+
+SHARDINGS = [
+    pytest.param("ddp", marks=pytest.mark.slow),
+    "fsdp",
+    pytest.param("zero2", marks=pytest.mark.slow),
+    "zero3",
+]
+
+
+@pytest.mark.parametrize("kind", SHARDINGS)
+def test_shards_merge_as_whole_tensors_do(kind, folder, expected):
+    got = ranks(kind, "float32", folder)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_the_model_follows_its_masters(kind, folder):
+    got = ranks(kind, "bfloat16", folder)
+    masters = [name for name in got if "/model." not in name]
+    assert masters
+    for name in masters:
+        assert torch.equal(got[name.replace("/", "/model.")], got[name].bfloat16().float()), name
+
+
+def test_what_cannot_merge_live_gets_a_sentence(folder):
+    net, _ = start()
+    optimizer, sources = torch.optim.SGD(groups(net), lr=0.1), [open_source(folder / "one")]
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    with pytest.raises(ValueError, match="shards of a model in training"):
+        merge_into(optimizer, net.named_parameters(), "della", sources, base=open_source(folder / "base"))
+    with pytest.raises(ValueError, match="1 weights for 2 models"):
+        merge_into(optimizer, net.named_parameters(), "linear", sources, weights=[1.0])
+    net.extra = torch.nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [net.extra]})
+    with pytest.raises(ValueError, match=r"a source .* has no tensor 'extra'"):
+        merge_into(optimizer, net.named_parameters(), "linear", sources)
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters() if n in before)
