@@ -96,8 +96,9 @@ def _online_merge(view: View, given: Mapping[str, Any]) -> None:
         raise ValueError(f"{place}: reference and base are both '{reference}', so there is nothing to merge")
     if view.fields["peft"]:
         raise ValueError(
-            f"{place}: peft trains the factors of an adapter, which have no task vector: the reference's change lies "
-            f"in the weights they sit on; leave one of the two out"
+            f"{place}: peft trains the factors of a fresh adapter, which have no task vector: the reference's change "
+            f"lies in the weights below; leave one of the two out, or train the reference's own adapter further with "
+            f"OnlineMergeCallback (docs/online_merging.md)"
         )
     try:
         OnlineMerge(**{"seed": view.recipe.seed} | {name: given[name] for name in own if name in given})
