@@ -68,10 +68,16 @@ class Saved(TrainerCallback):
         (folder / f"{SAVED}-{args.process_index}-of-{args.world_size}").write_text("")
 
 
-def last_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint all ranks have finished, as a path, or None."""
+def last_checkpoint(directory: Path, max_steps: int = -1) -> str | None:
+    """The newest checkpoint all ranks have finished, as a path, or None.
+
+    max_steps: where training ends, if positive; a checkpoint there is passed over, since the trainer would go on from
+    it for one step too many.
+    """
     found = sorted(directory.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
     for folder in found:
+        if folder.name == f"checkpoint-{max_steps}":
+            continue
         marks = sorted(folder.glob(f"{SAVED}-*"))
         if marks and len(marks) == int(marks[0].name.rsplit("-", 1)[1]):
             return str(folder)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from fusion.recipe import locate
@@ -113,12 +114,21 @@ def _devices() -> int:
 def _wait(command: Sequence[str], environ: Mapping[str, str]) -> int:
     """Runs to the end; Ctrl-C reaches the processes by itself, a termination is handed on, and both are waited for."""
     process = subprocess.Popen(list(command), env=dict(environ))
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    terminated = False
+
+    def hand_on(*_: Any) -> None:
+        nonlocal terminated
+        terminated = True
+        # Not to the launcher, which would leave or kill processes that are saving; it ends when they have ended.
+        for child in psutil.Process(process.pid).children() or [process]:
+            child.terminate()
+
+    before = signal.signal(signal.SIGTERM, hand_on)
     try:
         while True:
             try:
                 status = process.wait()
-                return 128 - status if status < 0 else status
+                return 143 if terminated and status else 128 - status if status < 0 else status
             except KeyboardInterrupt:
                 continue
     finally:

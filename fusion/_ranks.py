@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 BEAT = 2.0  # seconds between two heartbeats
-GONE = 60.0  # seconds without one
+GONE = 40.0  # seconds without one; with GRACE and a slow file system a killed rank ends the job within a minute
 MEET = 180.0  # seconds to wait for all ranks at the start
 GRACE = 10.0  # seconds a rank has to end by itself after another one failed
 
 
 class Stopped(Exception):
     """Another rank failed and has said so already."""
+
+
+class Terminated(Exception):
+    """SIGTERM ended a training, on all ranks, after a checkpoint was saved."""
 
 
 @dataclass
@@ -89,7 +93,7 @@ class Ranks:
         return range(1, self.world) if self.rank == 0 else range(1)
 
     def _silent(self, rank: int) -> bool:
-        """Whether a rank's beat has not changed for a minute of this process's own clock (clocks of nodes differ)."""
+        """Whether a rank's beat has not changed for GONE seconds of our own clock (those of nodes differ)."""
         assert self.directory is not None
         now, beat = time.monotonic(), self._beat(rank)
         changed = beat.stat().st_mtime_ns if beat.exists() else 0

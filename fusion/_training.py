@@ -25,6 +25,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 
 from fusion._causal import check_packing
 from fusion._journal import Journal, Saved, last_checkpoint, leave
+from fusion._ranks import Terminated
+from fusion._sigterm import SaveAndStop, listening
 from fusion.data import encode
 from fusion.join import Join
 from fusion.sources import load_model, load_tokenizer
@@ -209,8 +211,9 @@ def fit(job: "Job", trainer: Trainer, tokens_per_step: float, language: bool = T
     """Runs the trainer, from its last whole checkpoint if there is one, and writes log.jsonl and metrics.json.
 
     language: the loss is that of language modelling. repeats: how often an epoch sees each row.
+    Raises Terminated on every rank, with a checkpoint on disk, when SIGTERM reached any of them.
     """
-    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+    checkpoint = last_checkpoint(Path(trainer.args.output_dir), trainer.args.max_steps)
     _forget(job.directory / "log.jsonl", 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]), job.rank)
     args = trainer.args
     batches = math.ceil(len(trainer.train_dataset) * repeats / (args.train_batch_size * args.world_size))
@@ -220,9 +223,14 @@ def fit(job: "Job", trainer: Trainer, tokens_per_step: float, language: bool = T
         journal = Journal(job, bar.advance, tokens_per_step * args.gradient_accumulation_steps, language)
         journal.trainer = trainer
         trainer.remove_callback(PrinterCallback)  # log.jsonl has it
-        for callback in (journal, Saved()):
+        stop = SaveAndStop()
+        for callback in (journal, Saved(), stop):
             trainer.add_callback(callback)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        with listening(stop):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.accelerator.wait_for_everyone()  # the first rank to leave ends the others, which may still save
+    if stop.stopped:
+        raise Terminated(f"{job.name}: SIGTERM, saved at step {trainer.state.global_step}; the same command continues")
     if job.rank == 0:
         wanted = ("train_loss", "train_runtime")
         metrics = {name: result.metrics[name] for name in wanted if name in result.metrics}

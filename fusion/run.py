@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; the process's exit status: 0 done, 1 a sentence said why not, 130 stopped by Ctrl-C."""
+    """Runs a command line; the process's exit status: 0 done, 1 a sentence said why not, 130 Ctrl-C, 143 SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(word in ("-h", "--help") for word in arguments):
         print(USAGE)
@@ -90,6 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if ranks.fail("stopped by Ctrl-C"):
             print("\nstopped; the same command continues", file=sys.stderr, flush=True)
         status = 130
+    except _ranks.Terminated as error:
+        if ranks.fail(str(error)):
+            print(f"fusion: {error}", file=sys.stderr, flush=True)
+        status = 143
     except ValueError as error:
         if ranks.fail(str(error)) and (ranks.rank == 0 or ranks.directory is not None):
             print(f"fusion: {error}", file=sys.stderr, flush=True)
