@@ -102,6 +102,8 @@ def shapes(scale: int = 1) -> dict[str, tuple[int, ...]]:
     return {**found, "model.norm.weight": (HIDDEN,)}
 
 
+# what `fusion merge` loads, in its way
+LOADED = "from fusion.cli import importing\nwith importing():\n    import fusion._merge_command"
 INSIDE = """
 import json, sys
 from fusion.merge import merge_checkpoints
@@ -187,12 +189,9 @@ class Bench:
     def __init__(self, folder: Path, mergekit: Path | None, repeat: int) -> None:
         self.folder, self.mergekit, self.repeat = folder, mergekit, repeat
         self.missed: list[str] = []
-        torch_alone = spent([sys.executable, "-c", "import torch"], repeat).wall
-        self.start = spent([sys.executable, "-m", "fusion.cli", "merge", "--help"], repeat).wall + torch_alone
+        self.start = spent([sys.executable, "-c", LOADED], repeat).wall
         self.their_start = spent([mergekit.parent / "mergekit-yaml", "--help"], repeat).wall if mergekit else 0.0
-        print(
-            f"start-up: fusion {self.start:.2f} s ({torch_alone:.2f} s of it torch), mergekit {self.their_start:.2f} s"
-        )
+        print(f"start-up: fusion {self.start:.2f} s, mergekit {self.their_start:.2f} s")
 
     def within(self, what: str, value: float, bound: float, least: bool = False) -> str:
         """The value, marked and remembered when it is out of bounds."""
