@@ -235,7 +235,7 @@ def fit(job: "Job", trainer: Trainer, tokens_per_step: float, language: bool = T
         wanted = ("train_loss", "train_runtime")
         metrics = {name: result.metrics[name] for name in wanted if name in result.metrics}
         metrics["steps"] = trainer.state.global_step
-        (job.directory / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
+        job.measured(dict(sorted(metrics.items())))
 
 
 def _forget(log: Path, step: int, rank: int) -> None:

@@ -78,6 +78,11 @@ class Job:
         """Iterate over it, or `with job.progress(total, "training") as bar: bar.advance()`; shown on rank 0."""
         return Progress(work, description, total, show=self.rank == 0)
 
+    def measured(self, metrics: Mapping[str, Any]) -> None:
+        """directory/metrics.json, what the step found; for rank 0."""
+        text = json.dumps(metrics, indent=1) + "\n"
+        (self.directory / "metrics.json").write_text(text, encoding="utf-8")
+
     def log(self, **metrics: Any) -> None:
         """One line of directory/log.jsonl, written by rank 0."""
         if self.rank == 0:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from fusion import _training, run
+from tests.processes import ROOT, environments
 
-ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 STEPS = 60
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}  # with dropout
@@ -100,13 +99,8 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(
 def test_sigterm_to_one_of_two_ranks_saves_and_ends_both(tmp_path: Path) -> None:
     tune = {"tune": RECIPE["steps"][0]["tune"] | {"train": TRAIN | {"max_steps": 1000, "save_steps": 10}}}
     (tmp_path / "r.yaml").write_text(json.dumps(RECIPE | {"steps": [tune]}))
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
-    meet = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
-    meet |= {"GLOO_SOCKET_IFNAME": "lo"}
     call = ["fusion.run", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "runs"), "--use_cpu", "true"]
-    pair = [start(call, meet | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    pair = [start(call, one | {"ACCELERATE_USE_CPU": "1"}) for one in environments(2)]
     reach(pair[0], tmp_path / "runs", 15)
     began = time.monotonic()
     pair[1].send_signal(signal.SIGTERM)
@@ -117,7 +111,7 @@ def test_sigterm_to_one_of_two_ranks_saves_and_ends_both(tmp_path: Path) -> None
     saved = [int(folder.name.split("-")[1]) for folder in tmp_path.glob("runs/r/tuned-*.partial/checkpoints/*")]
     assert [process.returncode for process in pair] == [143, 143]
     assert sentences[0] == f"fusion: tuned: SIGTERM, saved at step {max(saved)}; the same command continues"
-    pair = [start(call, meet | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    pair = [start(call, one | {"ACCELERATE_USE_CPU": "1"}) for one in environments(2)]
     said = [process.communicate(timeout=200)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0] and "tune continues" in said[0]
     steps = [line["step"] for line in lines(tmp_path / "runs/r/tuned/log.jsonl") if "loss" in line]

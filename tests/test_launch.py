@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,9 +14,9 @@ import yaml
 from safetensors.torch import load_file
 
 from fusion import _launch, recipe
+from tests.processes import ROOT, free_port
 
 BIN = Path(sys.executable).parent
-ROOT = Path(__file__).resolve().parent.parent
 CPU = ["--use_cpu", "true", "--bf16", "false"]
 CONFIGS = sorted((ROOT / "launch").glob("*.yaml"))
 TRAIN = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
@@ -25,12 +24,6 @@ TINY = {"vocab_size": 300, "max_position_embeddings": 64, "tie_word_embeddings":
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, **TINY}
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 300}
 DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # ranks draw apart from a single process
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

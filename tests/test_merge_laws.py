@@ -24,6 +24,13 @@ SHAPES = {
 each = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.word)
 
 
+def those(say):
+    """The methods that say so of themselves."""
+    found = [method for method in METHODS if say(method)]
+    assert found
+    return pytest.mark.parametrize("method", found, ids=lambda method: method.word)
+
+
 def noise(seed, shapes=SHAPES, size=1.0):
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) * size for name, shape in shapes.items()}
@@ -89,20 +96,16 @@ def test_models_that_equal_the_base_give_the_base(method, monkeypatch):
         assert apart(merge_state_dicts(method.word, models, **arguments), base) < 1e-5
 
 
-@each
+@those(lambda method: "NEUTRAL" in method.constants and method.models[0] == 1)
 def test_one_model_with_neutral_parameters_is_that_model(method):
-    if "NEUTRAL" not in method.constants or method.models[0] > 1:
-        pytest.skip(f"{method.word} does not say so")
     (model, *_), base = models_of(method)
     arguments = given(method, [model], base, [1.0], **method.constants["NEUTRAL"])
     assert apart(merge_state_dicts(method.word, [model], **arguments), model) < 1e-5
 
 
-@each
+@those(lambda method: method.constants.get("SYMMETRIC", True) and many(method) > 1)
 def test_the_order_of_models_does_not_matter(method):
     models, base = models_of(method)
-    if not method.constants.get("SYMMETRIC", True) or len(models) < 2:
-        pytest.skip(f"{method.word} does not say so")
     weights, turned = [0.5, 0.3, 0.2][: len(models)], [*range(1, len(models)), 0]
     arguments = given(method, models, base, weights)
     merged = merge_state_dicts(method.word, models, **arguments)

@@ -1,10 +1,6 @@
 """A network in training merged with checkpoints on disk: whatever the sharding, `merge_tensors` of whole tensors."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +11,7 @@ from fusion.merge import merge_tensors
 from fusion.online import merge_into
 from tests.live_rank import CASES
 from tests.online_rank import groups, start
-from tests.test_online_ranks import ROOT, free_port
+from tests.processes import together
 
 NAMES = ("base", "one", "two")
 
@@ -48,30 +44,7 @@ def expected(folder):
 
 
 def ranks(kind, dtype, folder):
-    base = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "LOCAL_SIZE": "2",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "DS_ACCELERATOR": "cpu",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    command = [sys.executable, str(ROOT / "tests" / "live_rank.py"), kind, dtype, str(folder)]
-    started = [
-        subprocess.Popen(
-            command,
-            env=base | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    said = [one.communicate(timeout=240)[0] for one in started]
-    assert all(one.returncode == 0 for one in started), "\n".join(text[-3000:] for text in said)
+    together(2, "tests.live_rank", kind, dtype, str(folder))
     return load_file(folder / f"{kind}-{dtype}.safetensors")
 
 

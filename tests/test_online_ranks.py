@@ -1,53 +1,17 @@
 """Online merging over ranks: whatever the sharding, the weights are those of one process."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).with_name("online_rank.py")
-ROOT = Path(__file__).resolve().parent.parent
+from tests.processes import together
+
 BOTH = "ties:1,dare:4,dare:1"  # method:every
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def run(kind, what, world, folder, dtype="float32"):
     file = folder / f"{kind}-{world}-{dtype}.safetensors"
-    port = str(free_port())
-    base = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": str(world),
-        "LOCAL_SIZE": str(world),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "DS_ACCELERATOR": "cpu",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    command = [sys.executable, str(SCRIPT), kind, what, dtype, str(file)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=base | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for r in range(world)
-    ]
-    said = [one.communicate(timeout=240)[0] for one in ranks]
-    assert all(one.returncode == 0 for one in ranks), "\n".join(text[-3000:] for text in said)
+    together(world, "tests.online_rank", kind, what, dtype, str(file))
     return load_file(file)
 
 

@@ -9,9 +9,6 @@ import math
 import os
 import pickle
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,36 +22,20 @@ from fusion import _sharded, sources
 from fusion._pickled import Record, Stored, read_plain, read_torch
 from fusion._sharded import Parts, Piece, Sharded, open_sharded
 from fusion.recipe import ModelRef
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def launch(kind: str, folder: Path) -> None:
-    """Two ranks of the script."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
-    inner = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    inner |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2"}
-    inner |= {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [sys.executable, "-m", "tests.sharded_rank", kind, str(folder)]  # as a file it would shadow `tokenizers`
-    pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [subprocess.Popen(command, env=inner | {"RANK": r, "LOCAL_RANK": r}, **pipes) for r in ("0", "1")]
-    said = [one.communicate(timeout=300)[0] for one in ranks]
-    assert all(one.returncode == 0 for one in ranks), "\n".join(text[-3000:] for text in said)
+from tests.processes import together
 
 
 @pytest.fixture(scope="module")
 def dcp(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dcp")
-    launch("dcp", folder)
+    together(2, "tests.sharded_rank", "dcp", str(folder))
     return folder
 
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
-    launch("zero", folder)
+    together(2, "tests.sharded_rank", "zero", str(folder))
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def align(
     written(job, pair, tensors, bytes_of(shard_size, f"{job.place}.shard_size"))
     found = {"target": target, "donor": donor, "match": word, "params": params, **({"among": among} if among else {})}
     found |= report(pair, maps, tensors, layers, units)
-    (job.directory / "metrics.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    job.measured(found)
     for sentence in Alignment(out, target, donor, word, found).sentences:
         print(sentence, flush=True)
 

@@ -3,7 +3,6 @@
 BitDelta's signs (Liu et al. 2024, arXiv:2402.10193) or ComPEFT's sparse ones (Yadav et al. 2023, arXiv:2311.13171).
 """
 
-import json
 import shutil
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +35,7 @@ def compress(
     stored = sum(entry.numel * entry.stored.itemsize for entry in source.entries.values())
     entries = sum(entry.numel for entry in made.entries.values())
     metrics = {"bytes": written, "bits_per_entry": 8 * written / entries, "times_smaller": stored / written}
-    (job.directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    job.measured(metrics)
     job.log(**metrics)
 
 

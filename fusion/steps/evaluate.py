@@ -66,7 +66,7 @@ def evaluate(
     if job.rank == 0:
         job.wait(lambda: all((folder / item.file).exists() for item in items), "the other ranks' measurements")
         merged = merge(items, folder)
-        (job.directory / "metrics.json").write_text(json.dumps({"models": merged}, indent=1) + "\n", encoding="utf-8")
+        job.measured({"models": merged})
         show(merged)
 
 

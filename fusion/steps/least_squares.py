@@ -3,7 +3,6 @@ arXiv:2407.02447, in closed form; with each model's own inputs RegMean, Jin et a
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def least_squares(
         "inputs": inputs,
         **report,
     }
-    (job.directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    job.measured(metrics)
 
 
 def check(view: View) -> None:

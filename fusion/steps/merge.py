@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -68,7 +67,7 @@ def merge(
         else _model(job, fields, given, shard_size, memory)
     )
     if job.rank == 0:
-        (job.directory / "metrics.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        job.measured(found)
 
 
 def _model(job: Job, fields: dict[str, Any], given: dict[str, Any], shard_size: str, memory: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ The default keeps 16 random draws of each prediction (Anshumann et al. 2025, arX
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -104,7 +103,7 @@ def record(
         job.wait(lambda: all(writer.has(shard) for shard in range(shards)), "the other ranks' shards of targets")
         header = writer.finish(shards, directory)
         metrics = measures(header) | ({"tokens_per_second": tokens / seconds} if seconds else {})  # of this rank
-        (job.directory / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        job.measured(metrics)
         job.log(**metrics)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def retokenize(
         "given_up": int((words.given_up < 0).sum()),
         "left_out": words.left_out,
     }
-    (job.directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    job.measured(metrics)
 
 
 def names_of(vocabulary: str, model: str, base: str | None, models: str | list[str] | None) -> list[str]:

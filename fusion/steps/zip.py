@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def zip(
     found = zipped(job, networks, data, last, alpha, beta, tokens, max_length)
     written(job, networks, found, last, heads == "keep", bytes_of(shard_size, f"{job.place}.shard_size"))
     metrics = {"networks": list(networks.names), "until": last, "layers": count, "heads": heads, **found.report}
-    (job.directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    job.measured(metrics)
 
 
 def check(view: View) -> None:
