@@ -6,37 +6,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fusion.merge._x import BLOCK, Sum
-
-EVERY = 16 * BLOCK
+from fusion.merge._sampled import sampled
+from fusion.merge._x import Sum
 
 
 def observed(tensors: Tensor, base: Tensor | None, out: Tensor, start: int) -> dict[str, Sum]:  # (K, n), (n,), (n,)
     """The Gram matrix (K + 2, K + 2) of task vectors, the merged one and the base, over the sampled entries of a region
     that begins at `start`; how many they are, and of how many signs disagree. Without a base it is the models' mean."""
-    n = tensors.shape[1]
-    begun = min(max(0, BLOCK - start % EVERY), n) if start % EVERY else 0  # of a sampled block that rows cut in two
-    first = min(-start % EVERY, n)
-    whole = (n - first - BLOCK) // EVERY + 1 if n - first >= BLOCK else 0
-    last = first + whole * EVERY
-    if not begun and first == n:
-        return {}
-
-    def sampled(x: Tensor) -> Tensor:  # (..., n)
-        blocks = x[..., first:].unfold(-1, BLOCK, EVERY).flatten(-2) if whole else x[..., :0]
-        return torch.cat([x[..., :begun], blocks, x[..., last : last + BLOCK]], -1)
-
-    rows = sampled(tensors)
-    origin = rows.mean(0) if base is None else sampled(base)
-    found = torch.cat([rows, sampled(out)[None], origin[None]])
-    found[:-1] -= found[-1].clone()
-    d = found[:-2]
-    conflict = torch.count_nonzero((d.amin(0) < 0) & (d.amax(0) > 0))
-    gram = (found @ found.T).double().cpu()  # to seven digits, which pictures do not show
-    return {"gram": Sum(gram), "sampled": Sum(torch.tensor(found.shape[1])), "conflict": Sum(conflict.cpu())}
+    gram, (count, conflict) = sampled(tensors, base, out, start)
+    return {"gram": Sum(gram), "sampled": Sum(count), "conflict": Sum(conflict)} if count else {}
 
 
 def reading(found: Mapping[str, Any], numel: int, has_base: bool) -> dict[str, Any]:

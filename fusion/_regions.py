@@ -14,7 +14,7 @@ from fusion._method import Method, Region
 from fusion._misfit import called
 from fusion._pool import Slot
 from fusion._tasks import Inputs, Task
-from fusion.checkpoint import Source
+from fusion.checkpoint import Checkpoint, Source
 from fusion.merge._x import BLOCK, Running
 
 
@@ -72,8 +72,11 @@ class Reader:
 
     def read(self, source: Source, name: str, start: int, stop: int, into: Tensor) -> None:
         source.read(name, start, stop, into)
+        self._count(into.nbytes)
+
+    def _count(self, size: int) -> None:
         with self.lock:
-            self.bytes += into.numel() * into.element_size()
+            self.bytes += size
 
     def plain(self, task: Task) -> bool:
         """Whether float32 regions tell if models agree: they have one dtype, and float32 holds all of it."""
@@ -108,9 +111,10 @@ class Reader:
         k, sequential = len(task.sources), recipe.method.sequential
         shape = task.shape if recipe.method.unit == "tensor" else (count,)
         wide = slot.wide(1 + len(who) - k if sequential else len(who), count)
+        finite = True
         for row, (_, source, own) in enumerate(who[k:] if sequential else who):
-            self._widened(source, own, start, stop, slot, wide[row + sequential])
-        if check and not sequential:
+            finite &= self._widened(source, own, start, stop, slot, wide[row + sequential])
+        if check and not finite and not sequential:
             refuse_nan(wide, [(model, own) for model, _, own in who])
         tensors: Any
         if sequential:
@@ -152,18 +156,23 @@ class Reader:
         self, work: Work, who: Sequence[tuple[str, Source, str]], slot: Slot, wide: Tensor
     ) -> Iterator[Tensor]:
         for model, source, own in who:
-            self._widened(source, own, work.start, work.stop, slot, wide)
-            refuse_nan(wide[None], [(model, own)])
+            if not self._widened(source, own, work.start, work.stop, slot, wide):
+                refuse_nan(wide[None], [(model, own)])
             yield self._moved(wide.view(work.task.shape))
 
-    def _widened(self, source: Source, own: str, start: int, stop: int, slot: Slot, into: Tensor) -> None:
+    def _widened(self, source: Source, own: str, start: int, stop: int, slot: Slot, into: Tensor) -> bool:
+        """Whether all of it is known to be finite."""
+        if isinstance(source, Checkpoint) and source.read_finite(own, start, stop, into):
+            self._count(2 * (stop - start))
+            return True
         dtype = source.entries[own].dtype
         if dtype == torch.float32:
             self.read(source, own, start, stop, into)
-            return
+            return False
         raw = slot.raw(1, stop - start, dtype.itemsize)[0].view(dtype)
         self.read(source, own, start, stop, raw)
         into.copy_(raw)
+        return False
 
     def _sides(self, work: Work, start: int, stop: int) -> dict[str, Any]:
         """What the method reads of the models' statistics for this region."""

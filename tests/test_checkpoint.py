@@ -31,6 +31,25 @@ def test_reads_any_region(dtype, tmp_path):
     assert torch.equal(one[0], tensor[0, 3]) and opened.entries["a.s"].shape == ()
 
 
+def test_finite_bfloat16_is_read_as_float32_at_once(tmp_path):
+    x = torch.randn(200_003).bfloat16()
+    odd = {"nan": x.clone(), "inf": x.clone()}
+    odd["nan"][150_000], odd["inf"][-1] = torch.nan, -torch.inf
+    save_file({"w": x, "half": x.half(), **odd}, tmp_path / "model.safetensors")
+    opened = Checkpoint.open(tmp_path)
+    for start, stop in ((0, 200_003), (3, 131_076), (200_002, 200_003), (5, 5)):
+        wide = torch.empty(stop - start)
+        assert opened.read_finite("w", start, stop, wide) and torch.equal(wide, x[start:stop].float())
+        assert not opened.read_finite("half", start, stop, wide), "left to read"
+    wide = torch.empty(150_001)
+    assert not opened.read_finite("nan", 0, 150_001, wide) and opened.read_finite("nan", 0, 150_000, wide)
+    assert opened.read_finite("inf", 200_000, 200_002, wide) and not opened.read_finite("inf", 200_000, 200_003, wide)
+    with open(tmp_path / "model.safetensors", "r+b") as file:
+        file.truncate((tmp_path / "model.safetensors").stat().st_size // 2)
+    wide, (last, _) = torch.empty(200_003), max(opened.places.items(), key=lambda item: item[1])
+    assert not opened.read_finite(last, 0, 200_003, wide), "read tells why"
+
+
 def test_entries_stand_in_the_order_of_the_file(tmp_path):
     save_file(
         {"z": torch.zeros(3, dtype=torch.float64), "a": torch.zeros(2, dtype=torch.uint8)}, tmp_path / "m.safetensors"

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fusion._method import Method, Region
 from fusion._params import depths, layer_of, resolved
 from fusion.merge import _compiled, _x, merge_state_dicts, merge_tensors
+from fusion.merge._sampled import sampled
 from fusion.merge._x import Max, Min, Running, Sum, joined, values
 
 A, B = torch.tensor([1.0, -4.0, 3.0, 0.5, 0.0]), torch.tensor([2.0, 2.0, -1.0, 0.25, 0.0])
@@ -211,6 +212,24 @@ def test_compiled_sums_have_the_same_bits(n, monkeypatch):
     assert torch.equal(products.diagonal(), squares)
     monkeypatch.setattr(_compiled, "library", lambda: None)
     assert torch.equal(_x.gram(x), products) and torch.equal(_x.squares(x), squares)
+
+
+@pytest.mark.parametrize("start, n", [(0, 150_001), (0, 1), (4096 * 16 - 100, 5000), (4096 * 19 + 4000, 70_000)])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_sampled_products_are_those_of_every_16th_block(start, n, with_base, monkeypatch):
+    draw = torch.Generator().manual_seed(n)
+    x, out, base = (torch.randn(*shape, n, generator=draw) for shape in ((3,), (), ()))
+    found, counts = sampled(x, base if with_base else None, out, start)
+    chosen = [i for i in range(n) if (start + i) // 4096 % 16 == 0]
+    origin = (base if with_base else x.mean(0))[chosen].double()
+    rows = torch.stack([*(x[:, chosen] - origin), out[chosen] - origin, origin])
+    torch.testing.assert_close(found, rows @ rows.T, rtol=1e-5, atol=1e-3)
+    signs = rows[:3].sign()
+    assert counts.tolist() == [len(chosen), int((signs.amin(0) < 0).logical_and(signs.amax(0) > 0).sum())]
+    monkeypatch.setattr(_compiled, "library", lambda: None)
+    plain, same = sampled(x, base if with_base else None, out, start)
+    torch.testing.assert_close(plain, found, rtol=1e-6, atol=1e-3)
+    assert torch.equal(same, counts)
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):

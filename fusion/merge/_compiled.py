@@ -28,9 +28,11 @@ SIGNATURES = {
     "count_upper": (POINTER, COUNT, COUNT, POINTER, POINTER),
     "count_lower": (POINTER, COUNT, COUNT, POINTER, POINTER, COUNT, POINTER),
     "count_nonzero": (POINTER, COUNT, COUNT, POINTER),
+    "read_finite": (COUNT, COUNT, COUNT, POINTER),
     "uniform": (COUNT, COUNT, POINTER, COUNT),
     "block_products": (POINTER, COUNT, COUNT, POINTER, POINTER),
     "block_squares": (POINTER, COUNT, COUNT, POINTER),
+    "sample": (POINTER, COUNT, COUNT, POINTER, POINTER, COUNT, COUNT, POINTER, POINTER, POINTER),
     "ranks": (POINTER, COUNT, COUNT, POINTER, POINTER),
 }
 
@@ -72,7 +74,7 @@ def _library() -> ctypes.CDLL | None:
     found = ctypes.CDLL(str(folder / name))
     for function, arguments in SIGNATURES.items():
         one = getattr(found, function)  # by index it would be another one every time
-        one.argtypes, one.restype = arguments, None
+        one.argtypes, one.restype = arguments, COUNT if function == "read_finite" else None
     return found
 
 

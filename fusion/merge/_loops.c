@@ -1,15 +1,18 @@
 /* The few loops that torch has no single fast operation for. Each has a twin in plain torch that gives the same bits
- * (_radix.py, _draw.py, _sums.py); _compiled.py builds this file with the machine's compiler.
+ * (_radix.py, _draw.py, _sums.py; of `sample` the same to rounding, _sampled.py; of `read_finite` Checkpoint.read);
+ * _compiled.py builds this file with the machine's compiler.
  * No product is fused with a sum (-ffp-contract=off), since that would round differently. */
 
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 
 #define SIGNLESS 0x7FFFFFFFu
 #define HIGH 32768   /* upper 15 bits of |x| */
 #define LOW 65536    /* lower 16 bits */
 #define BLOCK 4096   /* as in _sums.py */
 #define LANES 512
+#define PIECE 65536  /* read at a time, so that they stay in a core's cache */
 #define GROUP 16     /* entries that are compared at once */
 
 /* the bits of |x|, which sort as the numbers do */
@@ -46,6 +49,22 @@ void count_lower(const float *x, int64_t rows, int64_t n, const float *origin, c
                         if (keys[j] >> 16 == wanted) out[keys[j] & (LOW - 1)]++;
             }
         }
+}
+
+/* n bfloat16 of a file as float32; whether they are there and all finite */
+int64_t read_finite(int64_t descriptor, int64_t place, int64_t n, float *out) {
+    uint16_t piece[PIECE], most = 0;
+    for (int64_t at = 0; at < n; at += PIECE) {
+        int64_t size = n - at < PIECE ? n - at : PIECE;
+        if (pread((int)descriptor, piece, 2 * size, place + 2 * at) != 2 * size) return 0;
+        for (int64_t i = 0; i < size; i++) {
+            uint32_t bits = (uint32_t)piece[i] << 16;
+            uint16_t magnitude = piece[i] & 0x7FFF;
+            most = magnitude > most ? magnitude : most;
+            memcpy(out + at + i, &bits, sizeof bits);
+        }
+    }
+    return most < 0x7F80;
 }
 
 /* how many entries of each row are not zero */
@@ -89,17 +108,18 @@ static double block_product(const double *a, const double *b) {
     return folded(lanes);
 }
 
+/* (rows, rows) inner products over a block */
+static void products(const double *wide, int64_t rows, double *out) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j <= i; j++)
+            out[i * rows + j] = out[j * rows + i] = block_product(wide + i * BLOCK, wide + j * BLOCK);
+}
+
 /* (blocks, rows, rows) inner products of rows of length n, block by block; `wide` has room for (rows, BLOCK) */
 void block_products(const float *x, int64_t rows, int64_t n, double *wide, double *out) {
     for (int64_t block = 0; block * BLOCK < n; block++) {
         for (int64_t row = 0; row < rows; row++) widened(x + row * n, n, block, wide + row * BLOCK);
-        for (int64_t i = 0; i < rows; i++) {
-            const double *a = wide + i * BLOCK;
-            for (int64_t j = 0; j <= i; j++) {
-                double product = block_product(a, wide + j * BLOCK);
-                out[(block * rows + i) * rows + j] = out[(block * rows + j) * rows + i] = product;
-            }
-        }
+        products(wide, rows, out + block * rows * rows);
     }
 }
 
@@ -111,6 +131,46 @@ void block_squares(const float *x, int64_t rows, int64_t n, double *out) {
             widened(x + row * n, n, block, wide);
             out[block * rows + row] = block_product(wide, wide);
         }
+}
+
+/* Of the entries [0, n) of k models and of what was made of them, those of every `every`-th block of the tensor, in which
+ * they begin at `start`: how many they are and how many have both signs among the models (counts), and (k + 2, k + 2)
+ * inner products of models and result, less the origin, and of the origin: `base`, or the models' mean where it is NULL.
+ * `wide` has room for (k + 2, BLOCK) and (k + 2, k + 2). */
+void sample(const float *x, int64_t k, int64_t n, const float *base, const float *out, int64_t start, int64_t every,
+            double *wide, double *gram, int64_t *counts) {
+    double *sums = wide + (k + 2) * BLOCK;
+    for (int64_t at = 0, size; at < n; at += size) {
+        int64_t place = (start + at) % (every * BLOCK), left = n - at;
+        if (place >= BLOCK) {
+            size = every * BLOCK - place;
+            continue;
+        }
+        size = BLOCK - place < left ? BLOCK - place : left;
+        float origin[BLOCK], low[BLOCK] = {0}, high[BLOCK] = {0};
+        for (int64_t i = 0; i < size; i++) origin[i] = base ? base[at + i] : 0;
+        if (!base) {
+            for (int64_t row = 0; row < k; row++)
+                for (int64_t i = 0; i < size; i++) origin[i] += x[row * n + at + i];
+            for (int64_t i = 0; i < size; i++) origin[i] /= (float)k;
+        }
+        for (int64_t row = 0; row <= k + 1; row++) {
+            const float *from = row < k ? x + row * n + at : out + at;
+            double *to = wide + row * BLOCK;
+            for (int64_t i = 0; i < size; i++) to[i] = row > k ? origin[i] : from[i] - origin[i];
+            for (int64_t i = size; i < BLOCK; i++) to[i] = 0;
+            if (row < k)
+                for (int64_t i = 0; i < size; i++) {
+                    float d = (float)to[i];
+                    low[i] = d < low[i] ? d : low[i];
+                    high[i] = d > high[i] ? d : high[i];
+                }
+        }
+        products(wide, k + 2, sums);
+        for (int64_t i = 0; i < (k + 2) * (k + 2); i++) gram[i] += sums[i];
+        counts[0] += size;
+        for (int64_t i = 0; i < size; i++) counts[1] += low[i] < 0 && high[i] > 0;
+    }
 }
 
 /* `moved` is `order`, sorted by one byte of the keys, equal ones as they stood */
