@@ -208,10 +208,14 @@ def test_sums_do_not_depend_on_chunks(n):
 def test_compiled_sums_have_the_same_bits(n, monkeypatch):
     x = torch.randn(4, n, generator=torch.Generator().manual_seed(0))
     assert _compiled.loops(x) is not None, "the C compiler that the tests need is missing"
-    products, squares = _x.gram(x), _x.squares(x)
-    assert torch.equal(products.diagonal(), squares)
+    origin = x[3].clone()
+    given = (x,), (x, origin), (x - origin,)
+    products, squares = [_x.gram(*one) for one in given], [_x.squares(*one) for one in given]
+    assert all(torch.equal(one.diagonal(), two) for one, two in zip(products, squares, strict=True))
+    assert torch.equal(products[1], products[2])
     monkeypatch.setattr(_compiled, "library", lambda: None)
-    assert torch.equal(_x.gram(x), products) and torch.equal(_x.squares(x), squares)
+    for one, product, square in zip(given, products, squares, strict=True):
+        assert torch.equal(_x.gram(*one), product) and torch.equal(_x.squares(*one), square)
 
 
 @pytest.mark.parametrize("start, n", [(0, 150_001), (0, 1), (4096 * 16 - 100, 5000), (4096 * 19 + 4000, 70_000)])

@@ -30,8 +30,8 @@ SIGNATURES = {
     "count_nonzero": (POINTER, COUNT, COUNT, POINTER),
     "read_finite": (COUNT, COUNT, COUNT, POINTER),
     "uniform": (COUNT, COUNT, POINTER, COUNT),
-    "block_products": (POINTER, COUNT, COUNT, POINTER, POINTER),
-    "block_squares": (POINTER, COUNT, COUNT, POINTER),
+    "block_products": (POINTER, COUNT, COUNT, POINTER, POINTER, POINTER),
+    "block_squares": (POINTER, COUNT, COUNT, POINTER, POINTER),
     "sample": (POINTER, COUNT, COUNT, POINTER, POINTER, COUNT, COUNT, POINTER, POINTER, POINTER),
     "ranks": (POINTER, COUNT, COUNT, POINTER, POINTER),
 }
@@ -40,6 +40,14 @@ SIGNATURES = {
 def loops(x: Tensor) -> ctypes.CDLL | None:
     """The compiled loops, for a tensor they can work on; None where plain torch has to do. Calls release the GIL."""
     return library() if x.device.type == "cpu" and x.dtype == torch.float32 else None
+
+
+def address(x: Tensor | None) -> int | None:
+    """Where the entries of a contiguous tensor lie."""
+    if x is None:
+        return None
+    assert x.is_contiguous()
+    return x.data_ptr()
 
 
 @functools.cache

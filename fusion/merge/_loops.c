@@ -3,6 +3,7 @@
  * _compiled.py builds this file with the machine's compiler.
  * No product is fused with a sum (-ffp-contract=off), since that would round differently. */
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <unistd.h>
@@ -12,6 +13,7 @@
 #define LOW 65536    /* lower 16 bits */
 #define BLOCK 4096   /* as in _sums.py */
 #define LANES 512
+#define SIDE 16      /* lanes that are added side by side */
 #define PIECE 65536  /* read at a time, so that they stay in a core's cache */
 #define GROUP 16     /* entries that are compared at once */
 
@@ -86,12 +88,15 @@ void uniform(uint64_t key, uint64_t start, float *out, int64_t n) {
     }
 }
 
-/* block number `block` of a row of length n in double precision, filled with zeros */
-static void widened(const float *row, int64_t n, int64_t block, double *wide) {
-    const float *from = row + block * BLOCK;
-    int64_t size = n - block * BLOCK < BLOCK ? n - block * BLOCK : BLOCK;
-    for (int64_t i = 0; i < size; i++) wide[i] = from[i];
-    for (int64_t i = size; i < BLOCK; i++) wide[i] = 0;
+/* Block number `block` of a row of length n, less `origin` (n, or NULL), in double precision, filled with zeros: SIDE
+ * lanes with all their entries, then the next SIDE, so that a product keeps its sums in registers. */
+static void widened(const float *row, int64_t n, const float *origin, int64_t block, double *wide) {
+    float d[BLOCK] = {0};
+    int64_t start = block * BLOCK, size = n - start < BLOCK ? n - start : BLOCK;
+    for (int64_t i = 0; i < size; i++) d[i] = origin ? row[start + i] - origin[start + i] : row[start + i];
+    for (int64_t lane = 0; lane < LANES; lane += SIDE)
+        for (int64_t at = lane; at < BLOCK; at += LANES, wide += SIDE)
+            for (int64_t i = 0; i < SIDE; i++) wide[i] = d[at + i];
 }
 
 static double folded(double *lanes) {
@@ -100,11 +105,15 @@ static double folded(double *lanes) {
     return lanes[0];
 }
 
-/* the sum of a[i] b[i] over a block: 512 lanes that each add their 8 entries in order, folded in halves */
+/* the sum of a[i] b[i] over a widened block: 512 lanes that each add their 8 entries in order, folded in halves */
 static double block_product(const double *a, const double *b) {
-    double lanes[LANES] = {0};
-    for (int at = 0; at < BLOCK; at += LANES)
-        for (int lane = 0; lane < LANES; lane++) lanes[lane] += a[at + lane] * b[at + lane];
+    double lanes[LANES];
+    for (int lane = 0; lane < LANES; lane += SIDE) {
+        double sums[SIDE] = {0};
+        for (int step = 0; step < BLOCK / LANES; step++, a += SIDE, b += SIDE)
+            for (int i = 0; i < SIDE; i++) sums[i] += a[i] * b[i];
+        memcpy(lanes + lane, sums, sizeof sums);
+    }
     return folded(lanes);
 }
 
@@ -115,20 +124,21 @@ static void products(const double *wide, int64_t rows, double *out) {
             out[i * rows + j] = out[j * rows + i] = block_product(wide + i * BLOCK, wide + j * BLOCK);
 }
 
-/* (blocks, rows, rows) inner products of rows of length n, block by block; `wide` has room for (rows, BLOCK) */
-void block_products(const float *x, int64_t rows, int64_t n, double *wide, double *out) {
+/* (blocks, rows, rows) inner products of rows of length n, less `origin`, block by block; `wide` has room for (rows,
+ * BLOCK) */
+void block_products(const float *x, int64_t rows, int64_t n, const float *origin, double *wide, double *out) {
     for (int64_t block = 0; block * BLOCK < n; block++) {
-        for (int64_t row = 0; row < rows; row++) widened(x + row * n, n, block, wide + row * BLOCK);
+        for (int64_t row = 0; row < rows; row++) widened(x + row * n, n, origin, block, wide + row * BLOCK);
         products(wide, rows, out + block * rows * rows);
     }
 }
 
-/* (blocks, rows) sums of the squares of rows of length n, block by block */
-void block_squares(const float *x, int64_t rows, int64_t n, double *out) {
+/* (blocks, rows) sums of the squares of rows of length n, less `origin`, block by block */
+void block_squares(const float *x, int64_t rows, int64_t n, const float *origin, double *out) {
     double wide[BLOCK];
     for (int64_t block = 0; block * BLOCK < n; block++)
         for (int64_t row = 0; row < rows; row++) {
-            widened(x + row * n, n, block, wide);
+            widened(x + row * n, n, origin, block, wide);
             out[block * rows + row] = block_product(wide, wide);
         }
 }
@@ -156,14 +166,13 @@ void sample(const float *x, int64_t k, int64_t n, const float *base, const float
         }
         for (int64_t row = 0; row <= k + 1; row++) {
             const float *from = row < k ? x + row * n + at : out + at;
-            double *to = wide + row * BLOCK;
-            for (int64_t i = 0; i < size; i++) to[i] = row > k ? origin[i] : from[i] - origin[i];
-            for (int64_t i = size; i < BLOCK; i++) to[i] = 0;
+            float d[BLOCK];
+            for (int64_t i = 0; i < size; i++) d[i] = row > k ? origin[i] : from[i] - origin[i];
+            widened(d, size, NULL, 0, wide + row * BLOCK);
             if (row < k)
                 for (int64_t i = 0; i < size; i++) {
-                    float d = (float)to[i];
-                    low[i] = d < low[i] ? d : low[i];
-                    high[i] = d > high[i] ? d : high[i];
+                    low[i] = d[i] < low[i] ? d[i] : low[i];
+                    high[i] = d[i] > high[i] ? d[i] : high[i];
                 }
         }
         products(wide, k + 2, sums);

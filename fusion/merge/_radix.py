@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusion.merge._compiled import loops
+from fusion.merge._compiled import address, loops
 
 HIGH, LOW = 1 << 15, 1 << 16
 _GROUP = 256
@@ -38,7 +38,7 @@ def high_counts(x: Tensor, origin: Tensor | None = None) -> Tensor:  # (K, n) fl
     """(K, 32768) int64 how many entries have these upper 15 bits of |x|, or of |x - origin|."""
     if (compiled := loops(x)) is not None:
         x, out = x.contiguous(), torch.zeros(len(x), HIGH, dtype=torch.int64)
-        compiled.count_upper(x.data_ptr(), *x.shape, _address(origin), out.data_ptr())
+        compiled.count_upper(x.data_ptr(), *x.shape, address(origin), out.data_ptr())
         return out
     return torch.stack([torch.bincount(row, minlength=HIGH) for row in _magnitude_bits(x, origin) >> 16])
 
@@ -53,7 +53,7 @@ def low_counts(
     if (compiled := loops(x)) is not None:
         x, buckets = x.contiguous(), buckets.contiguous()
         asked = buckets.data_ptr(), buckets.shape[1]
-        compiled.count_lower(x.data_ptr(), *x.shape, _address(origin), *asked, out.data_ptr())
+        compiled.count_lower(x.data_ptr(), *x.shape, address(origin), *asked, out.data_ptr())
         return out
     for row, asked, counts in zip(_magnitude_bits(x, origin), buckets.tolist(), out, strict=True):
         for b, one in enumerate(asked):
@@ -84,13 +84,6 @@ def nonzeros(x: Tensor) -> Tensor:  # (K, n) float32
 
 def _magnitude_bits(x: Tensor, origin: Tensor | None = None) -> Tensor:
     return (x if origin is None else x - origin).contiguous().view(torch.int32) & 0x7FFFFFFF
-
-
-def _address(x: Tensor | None) -> int | None:
-    if x is None:
-        return None
-    assert x.is_contiguous()
-    return x.data_ptr()
 
 
 def bucket(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:  # (... or 1, BINS) integers, (...) int64

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fusion.merge._compiled import loops
+from fusion.merge._compiled import address, loops
 from fusion.merge._sums import BLOCK, gram
 
 EVERY = 16
@@ -24,7 +24,7 @@ def sampled(
     tensors, out, base = tensors.contiguous(), out.contiguous(), None if base is None else base.contiguous()
     scratch = torch.empty((k + 2) * (BLOCK + k + 2), dtype=torch.float64)
     products, counts = torch.zeros(k + 2, k + 2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
-    given = tensors.data_ptr(), k, n, None if base is None else base.data_ptr(), out.data_ptr(), start, EVERY
+    given = tensors.data_ptr(), k, n, address(base), out.data_ptr(), start, EVERY
     compiled.sample(*given, scratch.data_ptr(), products.data_ptr(), counts.data_ptr())
     return products, counts
 

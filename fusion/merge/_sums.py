@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fusion.merge._compiled import loops
+from fusion.merge._compiled import address, loops
 
 BLOCK = 4096
 LANES = 512
@@ -60,17 +60,18 @@ def whole_rows(shape: Sequence[int], chunk: int) -> int:
     return length * (1 << max(0, (chunk // length).bit_length() - 1))
 
 
-def gram(vectors: Tensor) -> Tensor:  # (m, n) float32
-    """(m, m) float64 inner products; the products of two float32 are exact in float64."""
+def gram(vectors: Tensor, origin: Tensor | None = None) -> Tensor:  # (m, n) float32, (n,)
+    """(m, m) float64 inner products of the vectors, or of vectors - origin, which are float32, too; the products of two
+    float32 are exact in float64."""
     m, n = vectors.shape
     if n == 0:
         return vectors.new_zeros((m, m), dtype=torch.float64)
     if (compiled := loops(vectors)) is not None:
         vectors, wide = vectors.contiguous(), vectors.new_empty(m, BLOCK, dtype=torch.float64)
         products = torch.empty(-(-n // BLOCK), m, m, dtype=torch.float64)
-        compiled.block_products(vectors.data_ptr(), m, n, wide.data_ptr(), products.data_ptr())
+        compiled.block_products(vectors.data_ptr(), m, n, address(origin), wide.data_ptr(), products.data_ptr())
         return tree(products)
-    parts = []
+    parts, vectors = [], vectors if origin is None else vectors - origin
     for steps in _pieces(vectors):
         out = steps.new_zeros(m, m, steps.shape[1])
         for i in range(m):
@@ -82,13 +83,14 @@ def gram(vectors: Tensor) -> Tensor:  # (m, n) float32
     return tree(torch.cat(parts))
 
 
-def squares(vectors: Tensor) -> Tensor:  # (m, n) float32
+def squares(vectors: Tensor, origin: Tensor | None = None) -> Tensor:  # (m, n) float32, (n,)
     """(m,) float64 sums of squares: the diagonal of `gram`."""
     m, n = vectors.shape
     if (compiled := loops(vectors)) is not None and n > 0:
         vectors, sums = vectors.contiguous(), torch.empty(-(-n // BLOCK), m, dtype=torch.float64)
-        compiled.block_squares(vectors.data_ptr(), m, n, sums.data_ptr())
+        compiled.block_squares(vectors.data_ptr(), m, n, address(origin), sums.data_ptr())
         return tree(sums)
+    vectors = vectors if origin is None else vectors - origin
     # one by one, since float64 takes twice the memory; in it, since the square of 1e-25 is no float32
     return torch.stack([total(one.double().square_()) for one in vectors])
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fusion.merge._x import Reading, Sum, deltas, gram
+from fusion.merge._x import Reading, Sum, gram
 
 NEUTRAL: dict[str, float] = {}
 
 
 def statistics(tensors: Tensor, base: Tensor) -> dict[str, Reading]:
-    return {"gram": Sum(gram(deltas(tensors, base)))}
+    return {"gram": Sum(gram(tensors, base))}
 
 
 def settle(stats: Mapping[str, Tensor], *, norm_floor: float) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def model_stock(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor], n
     steps away from the models, as the formula says; at c = -1 / (K - 1) the task vectors cancel and the base comes out.
     """
     share = float(stats["share"]) / len(tensors)
-    out = base.clone()
+    out, part = base.clone(), torch.empty_like(base)
     for tensor in tensors:
-        out.add_(tensor - base, alpha=share)
+        out.add_(torch.sub(tensor, base, out=part), alpha=share)
     return out

@@ -14,11 +14,10 @@ SMALLEST = 1e-45  # the least float32 above 0
 
 
 def upper(tensors: Tensor, base: Tensor, *, select_topk: float) -> dict[str, Reading]:
-    d = _x.deltas(tensors, base)
     counted = {"numel": Sum(torch.tensor(len(base)))}
     if select_topk >= 1:
-        return {**counted, "squares": Sum(_x.squares(d))}
-    variance = _variance(d)
+        return {**counted, "squares": Sum(_x.squares(tensors, base))}
+    variance = _variance(_x.deltas(tensors, base))
     return {**counted, "high": Sum(_x.high_counts(variance)), "varied": Sum(torch.count_nonzero(variance))}
 
 
