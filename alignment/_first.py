@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from alignment._pieces import Pieces, fast, parts, pieces, special_roles, whole
+from alignment._pieces import Pieces, fast, is_text, parts, pieces, special_roles, whole
 
 _CHUNK = 16384  # strings a call: bounds the memory of encode_batch
 
@@ -63,8 +63,8 @@ def encoded_firsts(strings: Sequence[bytes], target: Any) -> np.ndarray:
     take, backend = pieces(target), fast(target)
     result = np.full(len(strings), -1, np.int64)
     known = list(enumerate(strings))
-    pending: list[tuple[int, bytes, tuple[int, ...]]] = [(i, data, ()) for i, data in known if not _is_text(data)]
-    for index, data, candidates in _encoded([(i, data) for i, data in known if _is_text(data)], backend):
+    pending: list[tuple[int, bytes, tuple[int, ...]]] = [(i, data, ()) for i, data in known if not is_text(data)]
+    for index, data, candidates in _encoded([(i, data) for i, data in known if is_text(data)], backend):
         chosen = _chosen(take, candidates, data)
         if chosen >= 0:
             result[index] = chosen
@@ -74,10 +74,6 @@ def encoded_firsts(strings: Sequence[bytes], target: Any) -> np.ndarray:
     for index, data, candidates in pending:
         result[index] = _resort(take, longest, candidates, data, _normalised(data, backend, take))
     return result
-
-
-def _is_text(data: bytes) -> bool:
-    return "\ufffd" not in data.decode("utf-8", "replace") or b"\xef\xbf\xbd" in data
 
 
 def _chosen(take: Pieces, candidates: tuple[int, ...], data: bytes) -> int:

@@ -54,6 +54,11 @@ class Pieces:
     trailing: np.ndarray  # (V,) bool: white space after something else, which post-processors may trim from offsets
 
 
+def is_text(data: bytes) -> bool:
+    """Whether the bytes are whole characters."""
+    return data.decode("utf-8", "ignore").encode() == data
+
+
 def fast(tokenizer: Any) -> Tokenizer:
     """The `tokenizers.Tokenizer` inside a fast transformers tokenizer, or the argument if it is one already."""
     if isinstance(tokenizer, Tokenizer):

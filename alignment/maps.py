@@ -100,7 +100,10 @@ class Maps:
             read = donor.read(tensors)
             dtype = read.dtype
             # sums of products in half precision would add an error of their own
-            block = self.block(source, donor, read.float() if dtype in HALF else read).to(dtype)
+            block = self.block(source, donor, read.float() if dtype in HALF else read)
+            if donor.offset != part.offset:  # a gain that one family stores as it is and another less 1
+                block = block + (donor.offset - part.offset)
+            block = block.to(dtype)
             block = self._completed(target, part, block, into)
             for name, piece in zip(part.names, block.unbind(0) if len(part.names) > 1 else [block]):
                 if name not in out:

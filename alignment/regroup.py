@@ -124,5 +124,7 @@ def _turned(space: Space, lead: Tensor, rows: Tensor) -> Map:
     turn = torch.sgn(dot) if space.group == "pair turns" else torch.sgn(dot.real).to(dot.dtype)
     turn = torch.where(turn == 0, 1, turn)
     if space.group == "pair turns":  # keys read, and take one over the conjugate
-        turn = turn * rows.norm(dim=-1) / lead.norm(dim=-1)
+        size, own = rows.norm(dim=-1), lead.norm(dim=-1)
+        both = (size > 0) & (own > 0)  # a dead pair has no scale
+        turn = turn * torch.where(both, size / torch.where(both, own, 1), 1)
     return Turn(turn)

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from alignment._first import lowest_ids, mid_text
-from alignment._pieces import Pieces, fast, pieces, whole
+from alignment._pieces import Pieces, fast, is_text, pieces, whole
 
 ELEMENTS = 1 << 25  # float32 numbers of work space: 128 MiB
 STRINGS = 4096  # encoded at once
@@ -60,7 +60,7 @@ def splits(strings: Sequence[bytes], tokenizer: Any) -> list[list[int]]:
     spells the bytes; for a part of a character, which cannot be encoded, the longest pieces from the left; else the
     encoding without unknown tokens, which may be empty."""
     take, backend = pieces(tokenizer), fast(tokenizer)
-    texts = [(n, data.decode()) for n, data in enumerate(strings) if _is_text(data)]
+    texts = [(n, data.decode()) for n, data in enumerate(strings) if is_text(data)]
     found: dict[int, list[int]] = {}
     for side in [inside, backend] if (inside := mid_text(backend)) is not None else [backend]:
         left = [(n, text) for n, text in texts if n not in found]
@@ -77,10 +77,6 @@ def splits(strings: Sequence[bytes], tokenizer: Any) -> list[list[int]]:
             known = [index for index in loose.get(n, []) if index not in take.special]
             found[n] = cut if _spelt(take, cut) == data else known or cut
     return [found[n] for n in range(len(strings))]
-
-
-def _is_text(data: bytes) -> bool:
-    return "\ufffd" not in data.decode("utf-8", "replace") or b"\xef\xbf\xbd" in data
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:

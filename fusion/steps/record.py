@@ -75,7 +75,8 @@ def record(
     if sentence is not None and job.rank == 0:
         print(sentence, flush=True)
     writer = Writer(job.directory, machine.header)
-    need, free = estimate(machine, documents), shutil.disk_usage(job.directory).free
+    held = sum(file.stat().st_size for file in job.directory.glob("[0-9]*"))  # of a run that was stopped
+    need, free = estimate(machine, documents) - held, shutil.disk_usage(job.directory).free
     if need > free:
         raise ValueError(
             f"recording {len(documents)} documents of {data} takes about {need / 1e9:.3g} GB and {job.directory} has "

@@ -206,3 +206,14 @@ def test_index_shares_out_what_it_takes_twice():
     twice = Index(torch.tensor([0, 1, 1, -1]))
     torch.testing.assert_close(act(twice, "w", torch.tensor([3.0, 4.0]), 0, None), torch.tensor([3.0, 4.0, 4.0, 0.0]))
     torch.testing.assert_close(act(twice, "r", torch.tensor([3.0, 4.0]), 0, None), torch.tensor([3.0, 2.0, 2.0, 0.0]))
+
+
+def test_a_gain_means_the_same_in_a_family_that_stores_it_otherwise():
+    """Gemma stores a norm's factor less 1."""
+    config, tensors, _ = made("gemma2", {**LLAMA, "head_dim": 6})
+    plain, target, _ = made("llama", {**LLAMA, "head_dim": 6}, seed=1)
+    there = align(target, tensors, find_family(plain), find_family(config)).carry(tensors, into=target)
+    back = align(tensors, target, find_family(config), find_family(plain)).carry(target, into=tensors)
+    name = "model.norm.weight"
+    assert float((there[name].sort().values - (tensors[name] + 1).abs().sort().values).abs().max()) < 1e-6
+    assert float((back[name].sort().values - (target[name] - 1).sort().values).abs().max()) < 1e-6
