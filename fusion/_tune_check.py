@@ -37,6 +37,8 @@ def check(view: View) -> None:
     _rewards(view)
     if view.fields["online_merge"] is not None:
         _online_merge(view, view.fields["online_merge"])
+    if view.fields["merge_with"] is not None:
+        _merge_with(view, view.fields["merge_with"])
 
 
 def _data(view: View) -> None:
@@ -106,6 +108,34 @@ def _online_merge(view: View, given: Mapping[str, Any]) -> None:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{place}: {error}") from None
     _shapes(view, given["base"], reference, place)
+
+
+def _merge_with(view: View, given: Mapping[str, Any]) -> None:
+    from fusion.online.meet import MergeWith
+
+    place = f"{view.place}.merge_with"
+    own = [field.name for field in fields(MergeWith) if field.name != "based"]
+    known = ["model", "base", *own]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{place}: there is no parameter '{name}'{nearest(name, known)}")
+    for name, what in (("model", "the model to merge with"), ("every", "the number of steps between two merges")):
+        if given.get(name) is None:
+            raise ValueError(f"{place}: it needs {name}, {what}")
+    if view.fields["peft"]:
+        raise ValueError(f"{place}: it merges whole weights, and peft trains an adapter; leave one of the two out")
+    window = (view.fields["online_merge"] or {}).get("every", 1)
+    try:
+        merge = MergeWith(based=bool(given.get("base")), **{name: given[name] for name in own if name in given})
+        merge.check_steps(int((view.fields["train"] or {}).get("max_steps", -1)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{place}: {error}") from None
+    if merge.every % window:
+        raise ValueError(
+            f"{place}.every: {merge.every} is no multiple of online_merge.every ({window}), and a merge inside its "
+            f"window would count as the optimizer's own step; allowed are {window}, {2 * window}, ..."
+        )
+    _shapes(view, given["model"], view.fields["model"], place)
 
 
 def _shapes(view: View, base: str, reference: str, place: str) -> None:

@@ -1,6 +1,8 @@
 """A network in training merged with checkpoints on disk: whatever the sharding, `merge_tensors` of whole tensors."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from fusion.checkpoint import open_source
 from fusion.merge import merge_tensors
 from fusion.online import merge_into
 from tests.live_rank import CASES
-from tests.online_rank import groups, start
+from tests.online_rank import data, groups, start
 from tests.processes import together
 
 NAMES = ("base", "one", "two")
@@ -26,6 +28,12 @@ def folder(tmp_path_factory):
         (made / name / "config.json").write_text(json.dumps({"model_type": "none"}))
         state = {n: p.detach() + 0.1 * torch.randn(p.shape, generator=g) for n, p in net.named_parameters()}
         save_file(state, made / name / "model.safetensors")
+    shutil.copytree(made / "one", made / "short")  # a rank cuts it off
+    for name, value in (("endless", torch.inf), ("large", 3e38)):
+        shutil.copytree(made / "one", made / name)
+        state = load_file(made / name / "model.safetensors")
+        state["second.weight"][-1, -1] = value
+        save_file(state, made / name / "model.safetensors")
     return made
 
 
@@ -40,7 +48,14 @@ def expected(folder):
             merged = merge_tensors(method, tensors, base=base[name], weights=weights, seed=3, name=name, **params)
             assert not torch.equal(merged, p)
             out[f"{method}/{name}"] = merged
-    return out
+    optimizer = torch.optim.SGD(groups(net), lr=0.05)
+    for step in range(4):
+        optimizer.zero_grad()
+        net(data(step, 0, 1)).square().mean().backward()
+        optimizer.step()
+        for name, p in net.named_parameters():
+            p.data.lerp_(one[name], 0.25 if step % 2 else 0.0)
+    return out | {f"met/{name}": p.detach() for name, p in net.named_parameters()}
 
 
 def ranks(kind, dtype, folder):
@@ -61,6 +76,29 @@ def test_shards_merge_as_whole_tensors_do(kind, folder, expected):
     got = ranks(kind, "float32", folder)
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_what_one_rank_cannot_merge_is_refused_by_all_and_changes_nothing(folder):
+    if not (folder / "refused-0.json").exists():
+        ranks("fsdp", "float32", folder)
+    first, last = (json.loads((folder / f"refused-{rank}.json").read_text()) for rank in range(2))
+    assert first == last and all(unchanged for _, unchanged in first)
+    sentences = [sentence for sentence, _ in first]
+    assert len(sentences) == 4
+    endless = r"rank 1: second.weight of '.*fsdp-endless-1' has infinity in it; a merge would spread it"
+    assert all(re.fullmatch(endless, sentence) for sentence in sentences[:2])
+    assert all("has become shorter while it was read" in sentence for sentence in sentences[2:])
+
+
+def test_a_result_that_is_not_finite_is_refused_before_anything_changes(folder):
+    """Its tensor is not the first: those before it are merged only after it was looked at."""
+    net, _ = start()
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    optimizer = torch.optim.SGD(groups(net), lr=0.1)
+    sources, params = [open_source(folder / "large")], {"normalize": False}
+    with pytest.raises(ValueError, match="^linear: 'second.weight' is not finite after the merge$"):
+        merge_into(optimizer, net.named_parameters(), "linear", sources, weights=[1.0, 2.0], params=params)
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
 
 
 @pytest.mark.slow

@@ -168,14 +168,17 @@ def test_a_killed_run_goes_on_bit_by_bit_inside_a_window(tmp_path):
 
 def test_two_processes_under_zero_2_merge_online(tmp_path):
     """The launcher's own configuration for two processes on a CPU."""
-    file = write(tmp_path, tune("tuned", train={"max_steps": 1}, online_merge=MERGE))
+    met = {"model": "base", "every": 1, "weight": 1.0}  # after the last step nothing but the other model is left
+    copied = {"merge": {"out": "other", "method": "linear", "models": {"base": 1.0}}}
+    file = write(tmp_path, tune("tuned", train={"max_steps": 1}, online_merge=MERGE, merge_with=met), copied)
     call = [sys.executable, "-m", "fusion.cli", "launch", str(file), "--config", "zero2_cpu", "--out", "runs"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     first = log(tmp_path / "runs/r/tuned")[0]
     assert 0 < first["online_update_kept"] <= 1
-    assert all(torch.isfinite(t).all() for t in weights(tmp_path / "runs/r/tuned").values())
+    tuned, base = weights(tmp_path / "runs/r/tuned"), weights(tmp_path / "runs/r/other")
+    assert all(torch.equal(tuned[name], base[name]) for name in tuned)
 
 
 def key(file: Path) -> str:
@@ -219,6 +222,20 @@ BAD = {
     "unknown method": (tune("t", online_merge=MERGE | {"method": "tise"}), "did you mean 'ties'"),
     "other unit": (tune("t", online_merge={"base": "base", "method": "tsv_m"}), "shards of a model in training"),
     "an adapter": (tune("t", online_merge=MERGE, peft={"r": 2}), "have no task vector"),
+    "nobody to meet": (tune("t", merge_with={"every": 1}), "it needs model, the model to merge with"),
+    "unknown other": (tune("t", merge_with={"model": "bass", "every": 1}), "did you mean 'base'"),
+    "never": (
+        tune("t", merge_with={"model": "base", "every": 9}),
+        "training has 2 steps: nothing would ever be merged",
+    ),
+    "inside a window": (
+        tune("t", online_merge=MERGE | {"every": 2}, merge_with={"model": "base", "every": 1}),
+        "1 is no multiple of online_merge.every (2)",
+    ),
+    "misspelt": (tune("t", merge_with={"model": "base", "evry": 1}), "did you mean 'every'"),
+    "no base for ties": (tune("t", merge_with={"model": "base", "every": 1, "method": "ties"}), "base"),
+    "share": (tune("t", merge_with={"model": "base", "every": 1, "weight": 2.0}), "from 0 to 1"),
+    "met by an adapter": (tune("t", merge_with={"model": "base", "every": 1}, peft={"r": 2}), "merges whole weights"),
     "decay": (tune("t", online_merge=MERGE | {"ema": 1.0}), "between 0 and 1"),
     "algorithm": (tune("t", "ppo"), "'grpo' or 'rloo'"),
 }

@@ -5,9 +5,10 @@ from typing import Any
 HANDED_ON = {
     "OnlineMerge": "fusion.online.settings",
     "OnlineMergeCallback": "fusion.online.callback",
+    "MergeWithCallback": "fusion.online.periodic",
     "merge_into": "fusion.online.live",
 }
-__all__ = ["OnlineMerge", "OnlineMergeCallback", "merge_into"]
+__all__ = ["MergeWithCallback", "OnlineMerge", "OnlineMergeCallback", "merge_into"]
 
 
 def __getattr__(name: str) -> Any:

@@ -56,10 +56,18 @@ class Handle:
 
     def state_dict(self) -> dict[str, Any]:
         """Of this rank: steps seen, and within a window the weights at its start. Task vectors are not in it."""
-        return {"steps": dict(self.steps), "snapshots": {k: [t.clone() for t in v] for k, v in self.snapshots.items()}}
+        steps = {key: self.steps.get(key, 0) for key, _ in self.layout.held.values()}  # all: loaders fill in these
+        return {"steps": steps, "snapshots": {k: [t.clone() for t in v] for k, v in self.snapshots.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken; ValueError when it is of another sharding."""
+        """Goes on where `state_dict` was taken; ValueError when it is of another sharding, or not whole."""
+        for key, steps in state["steps"].items():
+            inside = steps % self.merge.every and not self.merge.idle
+            if inside and self._pieces(key) and key not in state["snapshots"]:
+                raise ValueError(
+                    f"the state of online merging was saved after {steps} steps, in a window of {self.merge.every}, "
+                    f"without the weights at its start ({key}); go on from a multiple of {self.merge.every}"
+                )
         for key, pieces in state["snapshots"].items():
             here = [piece.flat.numel() for piece in self._pieces(key)]
             if [t.numel() for t in pieces] != here:
@@ -107,7 +115,8 @@ class Handle:
         """The task vector with the mask that the authors' code draws once; sparse where that is smaller."""
         if self.merge.semantics != "code" or self.method.word != "dare":
             return vector
-        p = float(self.params["density"])
+        resolved = self.method.resolve(self.params, piece.name, layer_of(piece.name, self.depths))["density"]
+        p = float(resolved[MASKED] if isinstance(resolved, list) else resolved)
         keep = Draw(self.merge.seed, piece.name, piece.start, len(vector), 0, str(vector.device)).uniform(MASKED) < p
         masked = (vector.float() / p).clamp_(-1, 1).mul_(keep)
         return Sparse.of(masked) if p < SPARSE else masked
@@ -179,6 +188,7 @@ class Handle:
 
         def nothing(name: str) -> Any:
             one = torch.zeros(2, 1, device=self.layout.device)
+            # larger than the region: a part, as what the other ranks hold
             region = Region(one, one[0], self._weights(one.device), name, (2,), stats=stats[name], seed=self.merge.seed)
             return self.method.call_pass(index, region, self._concrete(name))
 
@@ -217,7 +227,11 @@ class Handle:
         """The method's parameters for one tensor."""
         params = self.method.resolve(self.params, name, layer_of(name, self.depths))
         if self.merge.semantics == "code" and self.method.word == "dare":
-            params["density"] = [float(params["density"]), 1.0]  # the task vector is masked already
+            own = params["density"]
+            params["density"] = [
+                float(own[0] if isinstance(own, list) else own),
+                1.0,
+            ]  # the task vector is masked already
         return params
 
 

@@ -6,6 +6,7 @@ Each rank reads of the checkpoints what it holds of the network; statistics add 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from fusion._method import Method, Region
 from fusion._params import depths, layer_of
+from fusion._regions import refuse_nan
 from fusion.checkpoint import Source
 from fusion.merge._x import Running
+from fusion.online._agree import agreed
 from fusion.online._reduce import over_ranks
 from fusion.online.layouts import Layout, Piece, layout
 from fusion.online.vectors import checked_region
@@ -32,32 +35,26 @@ def merge_into(
     base: Source | None = None,
     weights: Sequence[float] | None = None,  # of the network first, then of the sources; 1 each when left out
     seed: int = 0,
+    step: int = 0,  # of training, so that masks are drawn anew
     params: Mapping[str, Any] | None = None,
 ) -> None:
     """The network becomes method([network, *sources]), in the weights that the optimizer steps on and in its own.
 
     Parameters that aren't trained stay. All ranks call it, between two steps. The result is that of `merge_tensors`:
-    bit by bit where statistics are integers or none are needed, else to rounding. Raises ValueError for methods that
-    need whole rows, tensors or the whole model, and for checkpoints that lack a tensor.
+    bit by bit where statistics are integers or none are needed, else to rounding. Raises ValueError, the same on all
+    ranks and before any weight has changed, for methods that need whole rows, tensors or the whole model, for
+    checkpoints that lack a tensor or can't be read, and for numbers that are not finite: the map runs twice for that.
     """
-    found = Method.of(method)
     k = 1 + len(sources)
-    fitted = found.check(params or {}, k, base=base is not None, weights=weights is not None, live=True)
-    if found.inputs:
-        raise ValueError(f"{method} reads {', '.join(found.inputs)} of each model; a network in training has none")
-    if found.scope(fitted) == "model":
-        raise ValueError(f"{method} looks at the whole model here (scope: model); shards merge tensor by tensor")
+    found, fitted = admitted(method, params or {}, k, based=base is not None, weighted=weights is not None)
     if weights is not None and len(weights) != k:
         raise ValueError(f"{method}: {len(weights)} weights for {k} models; the network's comes first")
     wrappers, named = _unwrapped(optimizer), list(named_parameters)
     held = layout(wrappers[-1], named)
     if held.kind == "zero" and len(wrappers) == 1:
         raise ValueError("give DeepSpeed's optimizer (engine.optimizer): torch's does not reach the model's weights")
-    for piece in held.pieces:  # before the first weight changes
-        for one in sources:
-            checked_region(one, "a source", piece, piece.start)
-        if base is not None:
-            checked_region(base, "the base", piece, piece.start)
+    read_from = [*((one, "a source") for one in sources), *(((base, "the base"),) if base is not None else ())]
+    agreed(lambda: [checked_region(one, what, piece, piece.start) for piece in held.pieces for one, what in read_from])
     stacks = depths(name for name, _ in named)
     concrete = {name: found.resolve(fitted, name, layer_of(name, stacks)) for name, _ in named}
     w = torch.ones(k) if weights is None else torch.tensor([float(one) for one in weights])
@@ -67,23 +64,50 @@ def merge_into(
             here = piece.flat[first : first + CHUNK]
             part = Piece(piece.name, piece.shape, piece.start + first, here)
             stop = part.start + here.numel()
-            read = [checked_region(one, "a source", part, stop).to(here.device) for one in sources]
-            below = None if base is None else checked_region(base, "the base", part, stop).to(here.device)
-            tensors = torch.stack([here.float(), *read])
-            layer = layer_of(piece.name, stacks)
+            there = [checked_region(one, what, part, stop).to(here.device) for one, what in read_from]
+            rows = torch.stack([here.float(), *there])
+            refuse_nan(rows, [(who, piece.name) for who in ("the network", *(str(one.path) for one, _ in read_from))])
+            below, layer = None if base is None else rows[k], layer_of(piece.name, stacks)
             yield Region(
-                tensors, below, w.to(here.device), piece.name, piece.shape, layer, part.start, stats, seed=seed
+                rows[:k],
+                below,
+                w.to(here.device),
+                piece.name,
+                piece.shape,
+                layer,
+                part.start,
+                stats,
+                seed=seed,
+                step=step,
             )
 
+    def run(write: bool) -> None:
+        for piece in held.pieces:
+            for region in regions(piece, stats[piece.name]):
+                merged = found.call(region, concrete[piece.name]).tensor
+                if not bool(torch.isfinite(merged).all()):
+                    raise ValueError(f"{method}: '{piece.name}' is not finite after the merge")
+                at = region.start - piece.start
+                if write:
+                    piece.flat[at : at + merged.numel()].copy_(merged)
+
     stats = _statistics(found, concrete, held, regions, base is not None, w)
-    for piece in held.pieces:
-        for region in regions(piece, stats[piece.name]):
-            merged = found.call(region, concrete[piece.name]).tensor
-            if not bool(torch.isfinite(merged).all()):
-                raise ValueError(f"{method}: '{piece.name}' is not finite after the merge")
-            at = region.start - piece.start
-            piece.flat[at : at + merged.numel()].copy_(merged)
+    agreed(partial(run, write=False))
+    agreed(partial(run, write=True), "; weights have changed before that, go on from the last checkpoint")
     _hand_over(held, wrappers, named)
+
+
+def admitted(
+    method: str, params: Mapping[str, Any], k: int, *, based: bool, weighted: bool
+) -> tuple[Method, dict[str, Any]]:
+    """The method and its parameters; ValueError for one that a network in training can't be merged by."""
+    found = Method.of(method)
+    fitted = found.check(params, k, base=based, weights=weighted, live=True)
+    if found.inputs:
+        raise ValueError(f"{method} reads {', '.join(found.inputs)} of each model; a network in training has none")
+    if found.scope(fitted) == "model":
+        raise ValueError(f"{method} looks at the whole model here (scope: model); shards merge tensor by tensor")
+    return found, fitted
 
 
 def _statistics(
@@ -92,8 +116,9 @@ def _statistics(
     """By name the settled statistics of each tensor, those of split ones over all ranks."""
     split = list(dict.fromkeys(name for names in held.split.values() for name in names))
     stats: dict[str, Mapping[str, Tensor]] = {name: {} for name in [*(p.name for p in held.pieces), *split]}
-    needed = {name: method.needed(params[name]) for name in stats}
-    for index in range(max(needed.values(), default=0)):
+    needed = {name: method.needed(those) for name, those in params.items()}
+
+    def own(index: int) -> dict[str, Mapping[str, Any]]:
         readings: dict[str, Mapping[str, Any]] = {}
         for piece in held.pieces:
             if index >= needed[piece.name]:
@@ -102,19 +127,27 @@ def _statistics(
             for i, region in enumerate(regions(piece, stats[piece.name])):
                 running.add(i, method.call_pass(index, region, params[piece.name]))
             readings[piece.name] = running.readings()
+        return readings
+
+    def settle(readings: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, found in readings.items():
+            values = {one: reading.value for one, reading in found.items()}
+            stats[name] = method.settle({**stats[name], **values}, params[name], weights)
+
+    for index in range(max(needed.values(), default=0)):
+        readings = agreed(partial(own, index))
 
         def nothing(name: str, index: int = index) -> Mapping[str, Any]:
             one = torch.zeros(len(weights), 1, device=held.device)
             below = one[0] if based else None
-            region = Region(one, below, weights.to(one.device), name, (1,), stats=stats[name])
+            # larger than the region: a part, as what the other ranks hold
+            region = Region(one, below, weights.to(one.device), name, (2,), stats=stats[name])
             return method.call_pass(index, region, params[name])
 
         shared = [name for name in split if index < needed[name]]
         if shared:
             readings |= over_ranks({n: readings[n] for n in shared if n in readings}, shared, nothing)
-        for name, found in readings.items():
-            values = {one: reading.value for one, reading in found.items()}
-            stats[name] = method.settle({**stats[name], **values}, params[name], weights)
+        agreed(partial(settle, readings))
     return stats
 
 
@@ -132,7 +165,8 @@ def _hand_over(held: Layout, wrappers: Sequence[Any], named: Sequence[tuple[str,
         zero = next(vars(p)["_z3_optimizer"] for _, p in named if p.requires_grad)
         for number in range(len(zero.fp32_partitioned_groups_flat)):
             zero._reassign_or_swap_out_partitioned_parameters(number)
-        if zero.persistent_parameters:
+        if zero.persistent_parameters:  # whole on every rank, and gathered anew only when given up before
+            zero.persistent_parameters[0].partition(zero.persistent_parameters)
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
     elif held.kind == "zero":
         wrappers[-2].update_lp_params()

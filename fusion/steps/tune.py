@@ -36,6 +36,7 @@ def tune(
     pack: bool = True,
     rewards: list[str] | None = None,
     online_merge: dict[str, Any] | None = None,
+    merge_with: dict[str, Any] | None = None,
     train: dict[str, Any] | None = None,
     peft: dict[str, Any] | None = None,
 ) -> None:
@@ -44,11 +45,12 @@ def tune(
     scores (`reward`) or for `rewards` of its own completions (`grpo`, `rloo`).
 
     online_merge: {base, reference, method, alpha, density, ...} of OnlineMergeCallback, base and reference being models
-    of the recipe; the reference is `model` when left out.
+    of the recipe; the reference is `model` when left out. merge_with: {model, every, weight, method, ...} of
+    MergeWithCallback: every so many steps the network is merged with a model of the recipe.
     """
     from fusion._training import follow, learn
 
-    callbacks = merging(job, model, online_merge) if online_merge else []
+    callbacks = [*meeting(job, merge_with or {}), *(merging(job, model, online_merge) if online_merge else [])]
     common: dict[str, Any] = {"model": model, "data": data, "max_length": max_length, "train": train or {}}
     common |= {"peft": peft, "callbacks": callbacks}
     if algorithm == "clm":
@@ -69,6 +71,14 @@ def merging(job: "Job", model: str, settings: Mapping[str, Any]) -> list[Any]:
     given["base"] = job.source(settings["base"])
     given["reference"] = job.source(settings.get("reference") or model)
     return [OnlineMergeCallback(**given)]
+
+
+def meeting(job: "Job", settings: Mapping[str, Any]) -> list[Any]:
+    """The callback that merges with another model every so many steps, if that is asked for."""
+    from fusion.online import MergeWithCallback
+
+    models = {name: job.source(settings[name]) for name in ("model", "base") if settings.get(name)}
+    return [MergeWithCallback(**{"seed": job.seed, **settings, **models})] if settings else []
 
 
 def train_fields(algorithm: str = "clm") -> set[str]:
