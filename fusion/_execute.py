@@ -13,7 +13,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +41,7 @@ def execute(planned: Planned, plan: Plan, machine: Machine, ranks: Ranks, tell: 
         ranks.wait(lambda: begun.exists() or sealed.exists(), f"rank 0 to begin {planned.name}")
         if not sealed.exists():
             _call(planned, plan, partial, machine, ranks)
+            (partial / f"ended-{ranks.session}-{ranks.rank}").touch()
             ranks.wait(sealed.exists, f"rank 0 to finish {planned.name}")
         return
     if sealed.exists():
@@ -57,6 +58,9 @@ def execute(planned: Planned, plan: Plan, machine: Machine, ranks: Ranks, tell: 
         (partial / f"begun-{ranks.session}").touch()
         start = time.monotonic()
         _call(planned, plan, partial, machine, ranks)
+        ended = [partial / f"ended-{ranks.session}-{rank}" for rank in range(1, ranks.world)]
+        # a slow rank with nothing to do may still look into the directory, which is about to change its name
+        ranks.wait(lambda: all(one.exists() for one in ended), f"the other ranks to finish {planned.name}")
         ranks.check(planned.name)
         _seal(planned, final, partial, time.monotonic() - start)
         tell(f"{planned.name}: done in {duration(time.monotonic() - start)}")
@@ -82,9 +86,10 @@ def _call(planned: Planned, plan: Plan, directory: Path, machine: Machine, ranks
     )
     try:
         words.load("steps", planned.step.verb)(job, **given)
-    except ValueError:
-        # Users see the sentence alone; whoever has to find a fault in a library finds where it came from here.
-        (directory / f"traceback-{ranks.rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    except Exception:
+        # Users see a sentence alone; whoever has to find a fault in a library finds where it came from here.
+        with suppress(OSError):  # of a full disk, say, which is what went wrong
+            (directory / f"traceback-{ranks.rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
         raise
 
 
@@ -94,7 +99,7 @@ def _prepare(planned: Planned, final: Path, partial: Path) -> bool:
         os.rename(final, partial)
     continues = (partial / "step.json").exists()
     partial.mkdir(parents=True, exist_ok=True)
-    for old in [*partial.glob("begun-*"), *partial.glob("traceback-*.txt")]:
+    for old in [*partial.glob("begun-*"), *partial.glob("ended-*"), *partial.glob("traceback-*.txt")]:
         old.unlink()
     if not continues:
         step = planned.step
@@ -117,7 +122,7 @@ def _prepare(planned: Planned, final: Path, partial: Path) -> bool:
 
 def _seal(planned: Planned, final: Path, partial: Path, seconds: float) -> None:
     """Lists what was written, writes done.json and gives the directory its name."""
-    for old in partial.glob("begun-*"):
+    for old in [*partial.glob("begun-*"), *partial.glob("ended-*")]:
         old.unlink()
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file != partial / "done.json")
     listing = {

@@ -1,12 +1,14 @@
 """What a trainer writes: its journal, checkpoints that are whole, and in the end the model."""
 
+import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate import PartialState
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -61,15 +63,21 @@ class Journal(TrainerCallback):
 
 
 class Saved(TrainerCallback):
-    """Marks a checkpoint as whole, one file a rank, after everything else in it is written."""
+    """Marks a checkpoint as whole: a file a rank, which lists what all ranks have written."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        PartialState().wait_for_everyone()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / f"{SAVED}-{args.process_index}-of-{args.world_size}").write_text("")
+        files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(SAVED)]
+        sizes = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(files)}
+        mark = folder / f"{SAVED}-{args.process_index}-of-{args.world_size}"
+        partial = mark.with_name(f"{SAVED}.{args.process_index}")
+        partial.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+        partial.replace(mark)
 
 
 def last_checkpoint(directory: Path, max_steps: int = -1) -> str | None:
-    """The newest checkpoint all ranks have finished, as a path, or None.
+    """The newest checkpoint all ranks have finished, as a path, or None; ValueError when it was damaged since.
 
     max_steps: where training ends, if positive; a checkpoint there is passed over, since the trainer would go on from
     it for one step too many.
@@ -78,10 +86,44 @@ def last_checkpoint(directory: Path, max_steps: int = -1) -> str | None:
     for folder in found:
         if folder.name == f"checkpoint-{max_steps}":
             continue
-        marks = sorted(folder.glob(f"{SAVED}-*"))
-        if marks and len(marks) == int(marks[0].name.rsplit("-", 1)[1]):
+        if mark := _whole(folder):
+            _check_sizes(folder, json.loads(mark.read_text(encoding="utf-8")))
             return str(folder)
     return None
+
+
+def _whole(folder: Path) -> Path | None:
+    """The mark of a rank, when all ranks of that number have left theirs."""
+    marks = sorted(folder.glob(f"{SAVED}-*"))
+    return next((one for one in marks if len([*folder.glob(f"{SAVED}-*-of-{_ranks(one)}")]) == _ranks(one)), None)
+
+
+def _ranks(mark: Path) -> int:
+    return int(mark.name.rsplit("-", 1)[1])
+
+
+def refuse_other_ranks(checkpoint: str | None, trainer: Trainer) -> None:
+    """ValueError when ZeRO would have to go on with another number of processes than its shards were saved by."""
+    if checkpoint is None or not trainer.is_deepspeed_enabled:
+        return
+    mark, here = _whole(Path(checkpoint)), trainer.args.world_size
+    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    assert mark is not None
+    if _ranks(mark) != here and not config.get("checkpoint", {}).get("load_universal", False):
+        raise ValueError(
+            f"{checkpoint} was saved by {_ranks(mark)} processes, and ZeRO's shards fit no other number ({here} here); "
+            f"launch as many, or make it universal (docs/launch.md, When something ends early)"
+        )
+
+
+def _check_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
+    """ValueError naming a file that is gone or cut off: a trainer would go on without it, or end somewhere inside."""
+    for name, written in sizes.items():
+        file = folder / name
+        size = file.stat().st_size if file.exists() else None
+        if size != written:
+            now = "is gone" if size is None else f"has {size} bytes"
+            raise ValueError(f"{file} {now}, {written} were written; delete {folder} to go on from an earlier one")
 
 
 def leave(job: "Job", trainer: Trainer, tokenizer: Any, use_cache: bool, merge: bool) -> None:

@@ -9,33 +9,62 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
-from fusion.recipe import locate
+from fusion import _launched
+from fusion._options import parse
+from fusion.plan import Plan, plan
+from fusion.recipe import load, locate
 
 CPU_FIELDS = ("--use_cpu", "true", "--bf16", "false")
 
 
-def launch(recipe: str, config: str, processes: int | None, out: str | None, extra: Sequence[str]) -> int:
-    """The exit status of `accelerate launch -m fusion.run RECIPE` with a configuration by name or file.
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was checked: the command and its environment, the plan of its processes, what to know about it."""
 
+    command: list[str]
+    environ: dict[str, str]
+    plan: Plan
+    said: list[str]
+
+
+def launch(recipe: str, config: str, processes: int | None, out: str | None, extra: Sequence[str]) -> int:
+    """The exit status of `accelerate launch -m fusion.run RECIPE` with a configuration; arguments as of `prepare`."""
+    prepared = prepare(recipe, config, processes, out, extra)
+    return _wait(prepared.command, prepared.environ)
+
+
+def prepare(recipe: str, config: str, processes: int | None, out: str | None, extra: Sequence[str]) -> Launch:
+    """What `launch` starts.
+
+    config: a configuration's name in launch/, or its file.
     processes: how many in all; None takes the visible devices, or on CPUs what the configuration says.
     extra: more options of `fusion run` and `--key value` pairs for every `train:` block, handed on as they are.
-    Raises ValueError for an unknown configuration and for more processes than devices.
+    Raises ValueError for an unknown configuration, more processes than devices, and for what `plan` or the processes
+    would refuse.
     """
     file = locate("launch", config)
     settings = read(file)
     cpu = on_cpu(file, settings)
     count = processes_of(file, settings, cpu, processes)
+    arguments = [recipe, *(["--out", out] if out is not None else []), *(CPU_FIELDS if cpu else ()), *extra]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    command += ["--num_processes", str(count), "-m", "fusion.run", recipe]
-    command += ["--out", out] if out is not None else []
-    command += [*extra, *(CPU_FIELDS if cpu else ())]
-    return _wait(command, environment(settings, cpu, count, os.environ))
+    command += ["--num_processes", str(count), "-m", "fusion.run", *arguments]
+    environ = environment(settings, cpu, count, os.environ)
+    options = parse(arguments)
+    planned = plan(load(options.recipe, options.overrides), options.out)
+    launched = _launched.of_environment({**environ, **_launched.told(settings)}, count, "cpu" if cpu else "")
+    said = [f"{count} process{'es' * (count > 1)} by {config}"]
+    for one in planned.steps:
+        if "train" in one.word.names:
+            said += _launched.check_train(one.fields.get("train") or {}, launched, f"{one.step.place}.train")
+    return Launch(command, environ, planned, said)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -70,6 +99,8 @@ def processes_of(file: Path, settings: Mapping[str, Any], cpu: bool, asked: int 
     """How many processes to start; ValueError when there are fewer devices."""
     if asked is not None and asked < 1:
         raise ValueError(f"-n {asked}: at least one process is needed")
+    if asked is not None and asked > 1 and settings["distributed_type"] == "NO":
+        raise ValueError(f"-n {asked}: accelerate starts one process only for {file.stem}; several: ddp, zero3, ...")
     if cpu:
         return asked or int(settings.get("num_processes", 2))
     devices = _devices()

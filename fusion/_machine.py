@@ -12,10 +12,12 @@ from fusion.plan import Planned
 
 @dataclass(frozen=True)
 class Machine:
-    """The device of this rank, and the train fields that a machine without an accelerator needs (no part of keys)."""
+    """The device of this rank, the train fields that a machine without an accelerator needs (no part of keys), and how
+    many accelerators it shows."""
 
     device: str
     train: Mapping[str, Any]
+    devices: int = 0
 
 
 def here(overrides: Mapping[str, Any], local: int) -> Machine:
@@ -28,7 +30,8 @@ def here(overrides: Mapping[str, Any], local: int) -> Machine:
         return Machine("cpu", {name: value for name, value in needed.items() if name not in overrides})
     if overrides.get("use_cpu"):
         return Machine("cpu", {})
-    return Machine(f"{found.type}:{local % torch.accelerator.device_count()}", {})
+    devices = torch.accelerator.device_count()
+    return Machine(f"{found.type}:{local % devices}", {}, devices)
 
 
 def arguments(planned: Planned, machine: Machine) -> dict[str, Any]:
@@ -40,7 +43,8 @@ def arguments(planned: Planned, machine: Machine) -> dict[str, Any]:
 
 
 def check_train(planned: Planned, machine: Machine) -> None:
-    """ValueError with the nearest guess for a train field that the step's module does not know."""
+    """ValueError with the nearest guess for a train field that the step's module does not know, and for bfloat16 on a
+    CPU that has no instructions for it."""
     fields = arguments(planned, machine)
     if "train_fields" not in planned.word.functions or not fields.get("train"):
         return
@@ -50,3 +54,14 @@ def check_train(planned: Planned, machine: Machine) -> None:
     for name in fields["train"]:
         if name not in known:
             raise ValueError(f"{planned.step.place}.train: there is no train field '{name}'{nearest(name, known)}")
+    if machine.device == "cpu" and fields["train"].get("bf16") and not _computes_bf16():
+        raise ValueError(
+            f"{planned.step.place}.train.bf16: this CPU has no instructions for bfloat16, and emulates them; "
+            f"leave it out, or false"
+        )
+
+
+def _computes_bf16() -> bool:
+    import torch
+
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -23,6 +23,7 @@ from fusion._params import layer_of
 from fusion._partial import PLAN, Wait, alone, begun, left_over, meet, patient, prepare
 from fusion._pool import keep_freed_memory
 from fusion._regions import Reader, Work
+from fusion._room import room
 from fusion._say import bytes_of
 from fusion._stream import Stream
 from fusion.checkpoint import Entry, Shard, Source, Writer, layout, shard
@@ -112,7 +113,7 @@ def merge_checkpoints(
     )
     run = Run(bytes_of(memory, "memory"), threads_here(threads), chunk, device, rank, world, wait, progress)
     partial = out.with_name(f"{out.name}.partial")
-    with alone(partial) if rank == 0 else nullcontext():
+    with room(partial), alone(partial) if rank == 0 else nullcontext():
         found = merge_into(plan, partial, run)
         if rank == 0:
             (partial / ".lock").unlink()

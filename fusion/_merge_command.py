@@ -153,8 +153,8 @@ def _launched(out: Path) -> Iterator[_ranks.Ranks]:
         yield ranks
     except _ranks.Stopped:
         sys.exit(1)
-    except BaseException as error:
-        if not ranks.fail(str(error) or type(error).__name__):
+    except BaseException:
+        if not ranks.fail():
             sys.exit(1)
         raise
     ranks.leave()

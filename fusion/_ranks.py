@@ -7,6 +7,7 @@ writes the failure file and is the only one to speak, and a daemon thread ends a
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -60,13 +61,12 @@ class Ranks:
                 doing = f" (waiting for: {what})" if what else ""
                 raise ValueError(f"rank {rank} has not answered for {GONE:.0f} s{doing}; the same command continues")
 
-    def fail(self, sentence: str) -> bool:
+    def fail(self) -> bool:
         """Tells the others; True when this rank is the first, which is the one that speaks."""
         if self.directory is None:
             return True
         try:
-            with open(self._failure(), "x", encoding="utf-8") as file:
-                file.write(f"rank {self.rank}: {sentence}\n")
+            self._failure().touch(exist_ok=False)  # an empty file, for which a full disk has room too
         except FileExistsError:
             return False
         return True
@@ -74,6 +74,16 @@ class Ranks:
     def failed_elsewhere(self) -> bool:
         """Whether another rank failed: then what went wrong here is a consequence."""
         return self.directory is not None and self._failure().exists()
+
+    def gone(self) -> bool:
+        """Whether a rank turns out to have failed or to answer no more; returns when its heartbeat has told.
+
+        The thread that watches says so, here or on another rank.
+        """
+        until = time.monotonic() + GONE + GRACE
+        while not self.failed_elsewhere() and self.directory is not None and time.monotonic() < until:
+            time.sleep(BEAT / 10)
+        return self.failed_elsewhere()
 
     def leave(self) -> None:
         """The others no longer expect this rank's heartbeat."""
@@ -118,8 +128,15 @@ class Ranks:
                     os._exit(1)
             elif gone := [rank for rank in self._watched() if self._silent(rank)]:
                 sentence = f"rank {gone[0]} has not answered for {GONE:.0f} s; the same command continues"
-                if self.fail(sentence):
-                    print(f"fusion: {sentence}", flush=True)
+                if self.fail():
+                    print(f"fusion: {sentence}", file=sys.stderr, flush=True)
+
+
+def broken(error: BaseException) -> bool:
+    """Whether a collective ended with this error, which another rank may have caused."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def of_environment(environ: dict[str, str] | os._Environ[str]) -> Ranks:
@@ -161,10 +178,12 @@ def join(folder: Path, environ: dict[str, str] | os._Environ[str]) -> Ranks:
     nonce = uuid.uuid4().hex[:12]
     deadline = time.monotonic() + MEET
     everyone = range(1, ranks.world)
+    mine: dict[str, Any] = {"nonce": nonce, "host": socket.gethostname()}
+    claimed = False
     if ranks.rank == 0:
         while True:
-            heard = {rank: _read(meeting / f"hello-{rank}") for rank in everyone}
-            _write(meeting / "session", {"session": nonce, "heard": {str(rank): one for rank, one in heard.items()}})
+            heard = {str(rank): (_read(meeting / f"hello-{rank}") or {}).get("nonce") for rank in everyone}
+            claimed = _claim(meeting / "session", {**mine, "heard": heard}, claimed, 0)
             missing = [rank for rank in everyone if _read(meeting / f"acknowledged-{rank}") != nonce]
             if not missing:
                 break
@@ -175,10 +194,10 @@ def join(folder: Path, environ: dict[str, str] | os._Environ[str]) -> Ranks:
         session = nonce
     else:
         while True:
-            _write(meeting / f"hello-{ranks.rank}", nonce)
+            claimed = _claim(meeting / f"hello-{ranks.rank}", mine, claimed, ranks.rank)
             said = _read(meeting / "session") or {}
             if said and said["heard"].get(str(ranks.rank)) == nonce:
-                session = said["session"]
+                session = said["nonce"]
                 _write(meeting / f"acknowledged-{ranks.rank}", session)
                 break
             _in_time(deadline, "rank 0", meeting)
@@ -186,6 +205,21 @@ def join(folder: Path, environ: dict[str, str] | os._Environ[str]) -> Ranks:
     joined._beat(ranks.rank).touch()
     threading.Thread(target=joined._watch, name="heartbeat", daemon=True).start()
     return joined
+
+
+def _claim(path: Path, mine: dict[str, Any], claimed: bool, rank: int) -> bool:
+    """Writes what this rank says there, over what it said before; ValueError when another process does so, too."""
+    there = _read(path)
+    other = there if claimed and there is not None and there["nonce"] != mine["nonce"] else None
+    other = other or _read(path.with_name(f"{mine['nonce']}.rival"))
+    if other is not None:
+        _write(path.with_name(f"{other['nonce']}.rival"), mine)  # which may have seen nobody yet
+        raise ValueError(
+            f"two processes call themselves rank {rank}, on {other['host']} and on {mine['host']}: every node needs a "
+            f"--machine_rank or --node_rank of its own, and every run that goes on at the same time an --out of its own"
+        )
+    _write(path, mine)
+    return True
 
 
 def _in_time(deadline: float, who: str, meeting: Path) -> None:
@@ -207,6 +241,6 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")  # processes of two nodes may have one number
     temporary.write_text(json.dumps(value), encoding="utf-8")
     os.replace(temporary, path)

@@ -41,5 +41,6 @@ def listening(callback: SaveAndStop) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-    if callback.asked and not callback.stopped:
-        signal.raise_signal(signal.SIGTERM)
+        # also out of a collective that broke because another rank was killed, after which launchers send it
+        if callback.asked and not callback.stopped:
+            signal.raise_signal(signal.SIGTERM)

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from fusion._causal import check_packing
-from fusion._journal import Journal, Saved, last_checkpoint, leave
+from fusion._journal import Journal, Saved, last_checkpoint, leave, refuse_other_ranks
 from fusion._ranks import Terminated
 from fusion._sigterm import SaveAndStop, listening
 from fusion.data import encode
@@ -50,11 +51,19 @@ def fresh_state() -> Iterator[None]:
 
     Each training step has its own batch size, precision and DeepSpeed stage.
     """
+    launcher = _accelerate()
     _reset()
     try:
         yield
     finally:
         _reset()
+        for name in _accelerate().keys() - launcher.keys():
+            del os.environ[name]  # of `deepspeed:` or `fsdp:` in this step's train, which would hold for the next, too
+        os.environ.update(launcher)
+
+
+def _accelerate() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
 
 
 def arguments(kind: type[TrainingArguments], directory: Path, seed: int, train: Mapping[str, Any]) -> TrainingArguments:
@@ -72,10 +81,6 @@ def arguments(kind: type[TrainingArguments], directory: Path, seed: int, train: 
         "seed": seed,
     }
     args = kind(**(fields | dict(train)))
-    if args.bf16 and args.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise ValueError(
-            "train.bf16: this CPU has no instructions for bfloat16, and emulates them; leave it out, or false"
-        )
     args._n_gpu = min(args.n_gpu, 1)  # more devices come by launching more processes, never by torch's DataParallel
     if is_deepspeed_zero3_enabled():
         # Weights are sharded while they load, over the ranks that DeepSpeed knows of, before there is a trainer.
@@ -214,8 +219,14 @@ def fit(job: "Job", trainer: Trainer, tokens_per_step: float, language: bool = T
     Raises Terminated on every rank, with a checkpoint on disk, when SIGTERM reached any of them.
     """
     checkpoint = last_checkpoint(Path(trainer.args.output_dir), trainer.args.max_steps)
+    refuse_other_ranks(checkpoint, trainer)
     _forget(job.directory / "log.jsonl", 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]), job.rank)
     args = trainer.args
+    if args.world_size != job.world:
+        raise ValueError(
+            f"{job.place}: {job.world} processes were launched, and the trainer knows of {args.world_size}; see "
+            f"docs/launch.md, What silently goes wrong"
+        )
     batches = math.ceil(len(trainer.train_dataset) * repeats / (args.train_batch_size * args.world_size))
     epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)

@@ -55,17 +55,25 @@ def main() -> None:
 @main.command(context_settings=RAW)
 @click.argument("recipe")
 @click.option("--out", default="runs", show_default=True, help="The directory of all runs.")
+@click.option("--config", help="Check it for fusion launch with this configuration on this machine.")
+@click.option("-n", "--num-processes", type=int, help="How many processes fusion launch would start.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def plan(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
+def plan(recipe: str, out: str, config: str | None, num_processes: int | None, overrides: tuple[str, ...]) -> None:
     """What will run, what is cached, and estimates of disk, RAM and time; exit 1 with sentences if it can't."""
     with importing():
-        from fusion import _table
+        from fusion import _launch, _table
+        from fusion._options import parse
         from fusion.plan import plan as check
         from fusion.recipe import load
-        from fusion.run import parse
 
-    options = parse([recipe, *overrides])
-    _table.show_plan(check(load(options.recipe, options.overrides), out))
+    if config is None:
+        options = parse([recipe, *overrides])
+        _table.show_plan(check(load(options.recipe, options.overrides), out))
+        return
+    prepared = _launch.prepare(recipe, config, num_processes, out, overrides)
+    _table.show_plan(prepared.plan)
+    for line in prepared.said:
+        click.echo(line)
 
 
 @main.command(context_settings={**RAW, "help_option_names": []}, short_help="Run a recipe; what is done is skipped.")

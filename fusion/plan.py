@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusion import __version__, _keys, _sharded, words
+from fusion import __version__, _keys, _launched, _sharded, words
 from fusion._checked import Checked
 from fusion._files import config_of
 from fusion._say import nearest
@@ -30,7 +30,7 @@ FIELDS: dict[str, str] = {
     "match": "room match",
     "features": "room features",
 }
-NESTED = ("online_merge",)  # mappings whose own fields are understood by their names too
+NESTED = ("online_merge", "merge_with")  # mappings whose own fields are understood by their names too
 ARTICLES = {"model": "a model", "data": "data", "targets": "a store of targets", "metrics": "metrics"}
 
 
@@ -194,6 +194,8 @@ def _step(step: Step, recipe: Recipe, earlier: Mapping[str, Planned], checked: C
     directory = folder / f"{step.out}-{key[:8]}"
     output = str(word.constants.get("OUTPUT", "metrics"))
     done = (directory / "done.json").is_file()
+    if isinstance(fitted.get("train"), dict):
+        _launched.check_train(fitted["train"], _launched.Launched(), f"{step.place}.train")
     if "check" in word.functions and all(inputs.values()):
         defaults = {parameter.name: parameter.default for parameter in word.parameters if not parameter.required}
         words.module(word).check(View(step, {**defaults, **fitted}, recipe, earlier, checked.kinds))

@@ -3,13 +3,14 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusion import _estimate, _machine, _ranks, recipe
+from fusion import _estimate, _keys, _launched, _machine, _ranks, recipe
 from fusion._execute import Tell, execute, symlink
+from fusion._options import Options, parse
+from fusion._room import room
 from fusion.plan import Plan, plan
 
 USAGE = """usage: python -m fusion.run RECIPE [--out runs] [--only STEP] [--dry-run] [--key value ...]
@@ -20,49 +21,6 @@ USAGE = """usage: python -m fusion.run RECIPE [--out runs] [--only STEP] [--dry-
   --dry-run   say what would run
   --key value overrides this field of every train block, and is part of what a step's directory is named by
 """
-
-
-@dataclass(frozen=True)
-class Options:
-    """A command line of `fusion run`."""
-
-    recipe: str
-    out: str = "runs"
-    only: str | None = None
-    dry_run: bool = False
-    overrides: dict[str, Any] = field(default_factory=dict)
-
-
-def parse(arguments: Sequence[str]) -> Options:
-    """Reads a command line. --local_rank=N, which DeepSpeed's launcher puts first, is dropped wherever it stands."""
-    given: dict[str, Any] = {"overrides": {}}
-    left = list(arguments)
-    while left:
-        word = left.pop(0)
-        if not word.startswith("--"):
-            if "recipe" in given:
-                raise ValueError(f"one recipe is needed, and '{word}' comes after '{given['recipe']}'")
-            given["recipe"] = word
-            continue
-        name, equals, value = word[2:].partition("=")
-        if name in ("dry-run", "dry_run"):
-            given["dry_run"] = True
-            continue
-        if not equals and left and not left[0].startswith("--"):
-            value, equals = left.pop(0), "="
-        if name in ("local_rank", "local-rank"):
-            continue
-        if name in ("out", "only"):
-            if not equals:
-                raise ValueError(f"--{name} needs a value")
-            given[name] = value
-        elif "recipe" not in given:
-            raise ValueError(f"--{name} comes before the recipe; train fields come after it")
-        else:
-            given["overrides"][name.replace("-", "_")] = recipe.scalar(value) if equals else True
-    if "recipe" not in given:
-        raise ValueError("a recipe is needed: fusion run RECIPE")
-    return Options(**given)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,26 +40,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(arguments)
         ranks = _ranks.of_environment(os.environ)
         ranks = _ranks.join(Path(options.out) / Path(options.recipe).stem, os.environ)
-        run(options, ranks)
+        with room(Path(options.out) / Path(options.recipe).stem, _keys.cache_directory()):
+            run(options, ranks)
         status = 0
     except _ranks.Stopped:
         status = 1
     except KeyboardInterrupt:
-        if ranks.fail("stopped by Ctrl-C"):
+        if ranks.fail():
             print("\nstopped; the same command continues", file=sys.stderr, flush=True)
         status = 130
     except _ranks.Terminated as error:
-        if ranks.fail(str(error)):
+        if ranks.fail():
             print(f"fusion: {error}", file=sys.stderr, flush=True)
         status = 143
     except ValueError as error:
-        if ranks.fail(str(error)) and (ranks.rank == 0 or ranks.directory is not None):
+        if ranks.fail() and (ranks.rank == 0 or ranks.directory is not None):
             print(f"fusion: {error}", file=sys.stderr, flush=True)
         status = 1
     except BaseException as error:
-        if ranks.failed_elsewhere():  # a broken collective, say: the rank that failed first has said why
+        # the rank that failed first has said why; a killed one says nothing, and only its heartbeat tells
+        if ranks.failed_elsewhere() or (ranks.world > 1 and _ranks.broken(error) and ranks.gone()):
             return 1
-        ranks.fail(f"{type(error).__name__}: {error}")
+        ranks.fail()
         raise
     ranks.leave()
     return status
@@ -129,8 +89,15 @@ def run(options: Options, ranks: _ranks.Ranks) -> Plan:
     if machine.train and any("train" in one.word.names for one in pending):
         added = ", ".join(f"{name}: {str(value).lower()}" for name, value in machine.train.items())
         tell(f"no accelerator here: {added} in every train block")
+    said = _launched.check_processes(os.environ, ranks.world, machine.device, machine.devices) if pending else []
+    launched = _launched.of_environment(os.environ, ranks.world, machine.device)
     for one in pending:
         _machine.check_train(one, machine)
+        if "train" in one.word.names:
+            train = _machine.arguments(one, machine).get("train") or {}
+            said += _launched.check_train(train, launched, f"{one.step.place}.train")
+    for line in said:
+        tell(line)
     for one in wanted:
         execute(one, planned, machine, ranks, tell)
     if ranks.rank == 0:

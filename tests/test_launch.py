@@ -1,102 +1,31 @@
-"""Every launcher, with two processes on CPU: each result is that of a single process on a batch as large."""
+"""Every command line of docs/launch.md that two processes on CPU can run: what comes out is a single process's result
+on a batch as large, each document is seen once, and a world of one size gives one result, whoever started it."""
 
 import json
 import os
-import re
-import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from fusion import _launch, recipe
+from tests.launching import BIN, CPU, HOSTFILE, ZERO3, Result, call, check_seen, nodes, result, write_recipe
 from tests.processes import ROOT, free_port
 
-BIN = Path(sys.executable).parent
-CPU = ["--use_cpu", "true", "--bf16", "false"]
 CONFIGS = sorted((ROOT / "launch").glob("*.yaml"))
-TRAIN = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
-TINY = {"vocab_size": 300, "max_position_embeddings": 64, "tie_word_embeddings": True}
-LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, **TINY}
-GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 300}
-DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # ranks draw apart from a single process
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe with every kind of step, as small as they get."""
-    folder = tmp_path_factory.mktemp("launch")
-    lines = (ROOT / "recipes" / "data" / "austen.txt").read_text(encoding="utf-8").splitlines()
-    (folder / "text.txt").write_text("\n".join(lines[20:80]), encoding="utf-8")
-    tree = {
-        "models": {
-            "teacher": {
-                "config": LLAMA | {"num_attention_heads": 2, "num_key_value_heads": 1},
-                "tokenizer": {"train": "bpe", "vocab_size": 300, "data": "text"},
-            },
-            "student": {"config": GPT2 | DROPOUT, "tokenizer": {"train": "bytes"}},
-        },
-        "data": {"text": {"path": "text.txt", "format": "text", "max_bytes": 50}},
-        "steps": [
-            {"record": {"out": "hints", "teacher": "teacher", "data": "text", "draws": 4}},
-            {
-                "distill": {
-                    "out": "taught",
-                    "model": "student",
-                    "targets": ["hints"],
-                    "data": "text",
-                    "max_length": 64,
-                    "train": TRAIN,
-                }
-            },
-            # another batch size in the same processes: what accelerate keeps of the step before must not leak in here
-            {
-                "tune": {
-                    "out": "tuned",
-                    "model": "taught",
-                    "data": "text",
-                    "max_length": 64,
-                    "train": TRAIN | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
-                }
-            },
-            {"evaluate": {"models": ["student", "tuned"], "metrics": ["bits_per_byte"], "data": "text"}},
-        ],
-        "result": "tuned",
-    }
-    (folder / "small.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-    return folder
-
-
-def call(command: list[str], folder: Path, environ: Mapping[str, str] | None = None) -> str:
-    """What the command printed; fails with it when the command failed."""
-    inner = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(environ or {})}
-    inner["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, cwd=folder, env=inner, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
-
-
-def result(folder: Path, out: str) -> tuple[dict[str, torch.Tensor], list[float], str]:
-    """Final weights, losses of both training steps, and the digest of what was recorded."""
-    made = folder / out / "small"
-    losses = []
-    for step in ("taught", "tuned"):
-        for line in (made / step / "log.jsonl").read_text().splitlines():
-            losses.append(json.loads(line)["loss"])
-    shards = "".join(
-        f"{name}:{entry['sha256']} "
-        for name, entry in sorted(json.loads((made / "hints" / "done.json").read_text())["files"].items())
-        if re.fullmatch(r"\d+\.safetensors", name)
-    )
-    return load_file(made / "result" / "model.safetensors"), [float(loss) for loss in losses], shards
+    return write_recipe(tmp_path_factory.mktemp("launch"))
 
 
 @pytest.fixture(scope="module")
-def alone(small: Path) -> tuple[dict[str, torch.Tensor], list[float], str]:
+def alone(small: Path) -> Result:
     """The single process, with as many rows a step as two processes have together."""
     tree = yaml.safe_load((small / "small.yaml").read_text())
     for step in tree["steps"]:
@@ -105,44 +34,92 @@ def alone(small: Path) -> tuple[dict[str, torch.Tensor], list[float], str]:
                 fields["train"]["per_device_train_batch_size"] *= 2
     (small / "alone").mkdir()
     (small / "alone" / "small.yaml").write_text(
-        yaml.safe_dump(tree, sort_keys=False).replace("text.txt", "../text.txt"), encoding="utf-8"
+        yaml.safe_dump(tree, sort_keys=False).replace("text.jsonl", "../text.jsonl"), encoding="utf-8"
     )
-    call([sys.executable, "-m", "fusion.run", "alone/small.yaml", "--out", "of-one"], small)
+    call([[sys.executable, "-m", "fusion.run", "alone/small.yaml", "--out", "of-one", *CPU]], small)
     return result(small, "of-one")
 
 
-LAUNCHERS = {
-    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "-m"],
-    "accelerate-ddp": [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "launch/ddp_cpu.yaml"), "-m"],
-    "accelerate-zero2": [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "launch/zero2_cpu.yaml"), "-m"],
-    "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "PORT", "--module"],
-    "fusion-zero3": [sys.executable, "-m", "fusion.cli", "launch"],
-}
-ENVIRON = {
-    "accelerate-ddp": {"ACCELERATE_USE_CPU": "true"},
-    "accelerate-zero2": {"DS_ACCELERATOR": "cpu"},
-    "deepspeed": {"DS_ACCELERATOR": "cpu"},
-}
+def accelerate(config: str) -> list[str]:
+    return [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "launch" / f"{config}.yaml"), "-m"]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_give_the_result_of_one(launcher, small, alone):
-    out = f"of-two-{launcher}"
-    command = [word.replace("PORT", str(free_port())) for word in LAUNCHERS[launcher]]
-    if launcher == "fusion-zero3":
-        command += ["small.yaml", "--config", "zero3_cpu", "--out", out]
-    else:
-        command += ["fusion.run", "small.yaml", "--out", out, *CPU]
-    command += ["--deepspeed", str(ROOT / "launch" / "ds_z3.json")] if launcher == "deepspeed" else []
-    said = call(command, small, ENVIRON.get(launcher))
-    assert said.count("tuned: done in") == 1, "one process speaks"
-    weights, losses, recorded = result(small, out)
-    expected_weights, expected_losses, expected_recorded = alone
-    assert recorded == expected_recorded
-    assert losses == pytest.approx(expected_losses, rel=1e-4)
-    assert weights.keys() == expected_weights.keys()
-    for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, expected_weights[name], rtol=1e-3, atol=1e-4)
+def fusion(config: str) -> list[str]:
+    return [sys.executable, "-m", "fusion.cli", "launch", "--config", config]
+
+
+DEEPSPEED = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "PORT"]
+# name -> the command up to the recipe, its environment, what comes after the recipe, how weights are split
+LAUNCHERS: dict[str, tuple[list[str], dict[str, str], list[str], str]] = {
+    "torchrun": ([str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "-m"], {}, CPU, "ddp"),
+    "accelerate-ddp": (accelerate("ddp_cpu"), {"ACCELERATE_USE_CPU": "true"}, CPU, "ddp"),
+    "accelerate-ddp-bare": (accelerate("ddp_cpu"), {}, CPU, "ddp"),  # --use_cpu true is enough
+    "accelerate-zero2": (accelerate("zero2_cpu"), {"DS_ACCELERATOR": "cpu"}, CPU, "zero2"),
+    "accelerate-zero3": (accelerate("zero3_cpu"), {"DS_ACCELERATOR": "cpu"}, CPU, "zero3"),
+    "deepspeed": ([*DEEPSPEED, "--no_local_rank", "--module"], {"DS_ACCELERATOR": "cpu"}, [*ZERO3, *CPU], "zero3"),
+    "deepspeed-local-rank": ([*DEEPSPEED, "--module"], {"DS_ACCELERATOR": "cpu"}, [*ZERO3, *CPU], "zero3"),
+    "fusion-ddp": (fusion("ddp_cpu"), {}, [], "ddp"),
+    "fusion-zero1": (fusion("zero1_cpu"), {}, [], "zero1"),
+    "fusion-zero2": (fusion("zero2_cpu"), {}, [], "zero2"),
+    "fusion-zero3": (fusion("zero3_cpu"), {}, [], "zero3"),
+    "fusion-offload": (fusion("zero3_offload_cpu"), {}, [], "offload"),
+    # two nodes of one process each that meet over the loopback: the same command on both, but for NODE
+    "torchrun-nodes": (nodes("torchrun"), {}, CPU, "ddp"),
+    "torchrun-nodes-zero3": (nodes("torchrun"), {"DS_ACCELERATOR": "cpu"}, [*ZERO3, *CPU], "zero3"),
+    "deepspeed-nodes": (nodes("deepspeed"), {"DS_ACCELERATOR": "cpu"}, [*ZERO3, *CPU], "zero3"),
+    "accelerate-nodes": (nodes("accelerate"), {"DS_ACCELERATOR": "cpu"}, CPU, "zero3"),
+}
+QUICK = ("torchrun", "deepspeed-nodes", "fusion-zero2")
+
+
+@pytest.fixture(scope="module")
+def launched(small: Path) -> Callable[[str], Result]:
+    """The result of a launcher by its name; each runs once."""
+    done: dict[str, Result] = {}
+
+    def start(launcher: str) -> Result:
+        if launcher not in done:
+            command, environ, after, _ = LAUNCHERS[launcher]
+            out, port = f"of-two-{launcher}", str(free_port())
+            command = [*command, *([] if launcher.startswith("fusion") else ["fusion.run"])]
+            command = [word.replace("PORT", port) for word in [*command, "small.yaml", "--out", out, *after]]
+            (small / HOSTFILE).write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+            both = [[one.replace("NODE", node).replace("FIRST", "127.0.0.1") for one in command] for node in "01"]
+            said = call(both[: 1 + ("-nodes" in launcher)], small, environ)
+            assert said.count("tuned: done in") == 1, "one process speaks"
+            done[launcher] = result(small, out)
+        return done[launcher]
+
+    return start
+
+
+def each(launchers: Mapping[str, object]) -> list[object]:
+    """Launchers as parameters of a test: those that are not quick are marked slow."""
+    return [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in launchers]
+
+
+@pytest.mark.parametrize("launcher", each(LAUNCHERS))
+def test_two_processes_give_the_result_of_one(launcher, launched, alone):
+    two = launched(launcher)
+    check_seen(two.seen, alone.seen)
+    assert two.recorded == alone.recorded
+    assert two.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert two.weights.keys() == alone.weights.keys()
+    for name, tensor in two.weights.items():
+        torch.testing.assert_close(tensor, alone.weights[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
+def test_all_launchers_of_a_kind_give_the_same_bits(kind, launched):
+    digests = {one: launched(one).digest for one, (_, _, _, how) in LAUNCHERS.items() if how == kind}
+    assert len(digests) > 1 and len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.slow
+def test_fusion_launch_with_one_process_is_fusion_run(small, alone):
+    call([[*fusion("single_cpu"), "alone/small.yaml", "--out", "of-single"]], small)
+    assert result(small, "of-single").digest == alone.digest
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -153,7 +130,7 @@ def test_configurations_are_whole(file):
     assert load_config_from_file(str(file)).num_processes == settings["num_processes"]
     cpu = _launch.on_cpu(file, settings)
     assert cpu == file.stem.endswith("_cpu")
-    assert settings["mixed_precision"] == ("no" if cpu else "bf16")
+    assert settings["mixed_precision"] == "no", "the recipe's bf16 decides"
     twin = file.with_name(file.name.replace("_cpu", ""))
     kinds = ("distributed_type", "deepspeed_config")
     assert [_launch.read(twin).get(kind) for kind in kinds] == [settings.get(kind) for kind in kinds]
