@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion import __version__, _keys, words
-from fusion._files import file_digest
+from fusion._architectures import refuse_own_code
+from fusion._files import config_of, file_digest
 from fusion._machine import Machine, arguments
 from fusion._ranks import Ranks
 from fusion._say import duration
@@ -53,8 +54,12 @@ def execute(planned: Planned, plan: Plan, machine: Machine, ranks: Ranks, tell: 
             return
         continues = _prepare(planned, final, partial)
         tell(f"{planned.name}: {planned.step.verb}{' continues' if continues else ''} in {partial}")
+        here = {name: plan[name].directory for name in planned.inputs}
         for name in planned.models:  # once, before the others look for it
-            resolve_model(plan.recipe, name, _keys.cache_directory())
+            here[name] = resolve_model(plan.recipe, name, _keys.cache_directory())
+        for name in planned.built({one.name: one for one in plan.steps}):
+            if (here[name] / "config.json").is_file():  # planning did not see what was downloaded
+                refuse_own_code(planned.step.place, name, config_of(here[name]))
         (partial / f"begun-{ranks.session}").touch()
         start = time.monotonic()
         _call(planned, plan, partial, machine, ranks)

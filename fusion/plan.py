@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion import __version__, _keys, _launched, _sharded, words
+from fusion._architectures import refuse_own_code
 from fusion._checked import Checked
 from fusion._files import config_of
 from fusion._say import nearest
@@ -52,6 +53,11 @@ class Planned:
     @property
     def name(self) -> str:
         return self.step.out
+
+    def built(self, steps: Mapping[str, "Planned"]) -> list[str]:
+        """The models that the step runs, of the recipe's and of earlier steps'; one with `BUILDS = False` runs none."""
+        outputs = [name for name in self.inputs if steps[name].output == "model"]
+        return [*self.models, *outputs] if self.word.constants.get("BUILDS", True) else []
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -196,10 +202,16 @@ def _step(step: Step, recipe: Recipe, earlier: Mapping[str, Planned], checked: C
     done = (directory / "done.json").is_file()
     if isinstance(fitted.get("train"), dict):
         _launched.check_train(fitted["train"], _launched.Launched(), f"{step.place}.train")
-    if "check" in word.functions and all(inputs.values()):
-        defaults = {parameter.name: parameter.default for parameter in word.parameters if not parameter.required}
-        words.module(word).check(View(step, {**defaults, **fitted}, recipe, earlier, checked.kinds))
-    return Planned(step, word, fitted, key, directory, done, output, inputs, tuple(models), tuple(texts))
+    defaults = {parameter.name: parameter.default for parameter in word.parameters if not parameter.required}
+    view = View(step, {**defaults, **fitted}, recipe, earlier, checked.kinds)
+    planned = Planned(step, word, fitted, key, directory, done, output, inputs, tuple(models), tuple(texts))
+    if all(inputs.values()):
+        for name in planned.built(earlier):
+            if view.origin(name) in recipe.models and (config := view.config(name)) is not None:
+                refuse_own_code(step.place, name, config)
+        if "check" in word.functions:
+            words.module(word).check(view)
+    return planned
 
 
 def _named(fields: Mapping[str, Any], place: str) -> list[tuple[str, Any, str]]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion._architectures import known
 from fusion._composed import COMPOSED, kind_of
 from fusion._files import HEX, Header, config_of, file_digest, header, stamp, tensor_files
 
@@ -128,13 +127,7 @@ def _check_directory(place: str, directory: Path) -> None:
     if not list(directory.glob("*.safetensors")):
         refuse_pickled(place, directory)
         raise ValueError(f"{place}: no *.safetensors in {directory}")
-    config = header(directory).config
-    if "auto_map" in config and not known(str(config.get("model_type"))):
-        raise ValueError(
-            f"{place}: {directory}/config.json asks for code of its own (auto_map), which is never run here, and "
-            f"transformers has none for {config.get('model_type')!r}; use an architecture that it knows"
-        )
-    _check_vocabulary(place, directory, config)
+    _check_vocabulary(place, directory, header(directory).config)
 
 
 def refuse_pickled(place: str, directory: Path) -> None:

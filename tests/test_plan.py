@@ -123,6 +123,7 @@ def test_overrides_enter_every_train_block_and_its_key(folder):
         ("unit: token", "unti: token",
          "steps[3].distill.fuse.min_ce: min_ce has no parameter 'unti'; did you mean 'unit'?"),
         ("min_ce", "min_cd", "steps[3].distill.fuse.min_cd: unknown fusion rule 'min_cd'; did you mean 'min_ce'?"),
+        ("[peer, taught]", "[taught, taught]", "steps[4].evaluate: model 'taught' is given twice"),
         ("[bits_per_byte]", "[bit_per_byte]", "steps[4].evaluate.metrics: unknown metric 'bit_per_byte'; did you mean"),
         ("teacher: tuned", "teacher: tuend",
          "steps[2].record.teacher: there is no model 'tuend'; did you mean 'tuned'?"),

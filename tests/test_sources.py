@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from fusion import _scratch, sources
+from fusion import _scratch, recipe, sources
+from fusion.plan import plan
 from fusion.recipe import ModelRef
 
 TEXT = [
@@ -248,12 +249,52 @@ def test_pickled_weights_get_the_converting_command(copy):
         local(copy)
 
 
-def test_code_of_the_checkpoint_is_refused(copy):
+@pytest.fixture
+def own_code(copy) -> Path:
+    """The folder of recipes with two models, m and n, of an architecture that transformers has no code for."""
     config = json.loads((copy / "config.json").read_text())
-    remote = {"auto_map": {"AutoConfig": "x.X", "AutoModelForCausalLM": "x.Y"}}
-    (copy / "config.json").write_text(json.dumps({**config, **remote, "model_type": "my_own"}))
-    with pytest.raises(ValueError, match="auto_map.*never run.*none for 'my_own'"):
-        local(copy)
+    remote = {"auto_map": {"AutoConfig": "x.X", "AutoModelForCausalLM": "x.Y"}, "model_type": "my_own"}
+    (copy / "config.json").write_text(json.dumps({**config, **remote}))
+    (copy / "x.py").write_text("raise SystemExit('the checkpoint ran its code')")
+    shutil.copytree(copy, copy.parent / "n")
+    (copy.parent / "text.txt").write_text("words\n")
+    return copy.parent
+
+
+def recipe_of(folder: Path, *steps: str) -> recipe.Recipe:
+    lines = ["models: {m: {path: copy}, n: {path: n}}", "data: {t: {path: text.txt}}", "steps:"]
+    (folder / "r.yaml").write_text("\n".join([*lines, *(f"  - {step}" for step in steps)]))
+    return recipe.load(folder / "r.yaml")
+
+
+SOUP = "merge: {out: soup, method: task_arithmetic, base: m, models: [n]}"
+UNRUN = [
+    "retokenize: {out: small, model: soup, vocabulary: model}",
+    "compress: {out: vector, model: n, base: m}",
+]
+RUN = [
+    "record: {out: hints, teacher: NAME, data: t}",
+    "tune: {out: tuned, model: NAME, data: t}",
+    "evaluate: {models: [NAME], metrics: [bits_per_byte], data: t}",
+    "align: {out: aligned, target: NAME, donor: NAME}",
+]
+
+
+def test_code_of_the_checkpoint_is_no_matter_where_weights_alone_are_read(own_code):
+    from fusion.run import main
+
+    found = recipe_of(own_code, SOUP, *UNRUN)
+    assert main([str(found.path), "--out", str(own_code / "runs")]) == 0
+    made = json.loads((own_code / "runs/r/soup/config.json").read_text())
+    assert made["model_type"] == "my_own" and (own_code / "runs/r/small/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["m", "soup"])
+@pytest.mark.parametrize("step", RUN, ids=lambda step: step.partition(":")[0])
+def test_code_of_the_checkpoint_is_refused_where_the_model_is_run(own_code, step, name):
+    found = recipe_of(own_code, SOUP, step.replace("NAME", name))
+    with pytest.raises(ValueError, match=rf"steps\[1\].*'{name}' asks for code.*auto_map.*never run.*none for 'my_own'"):
+        plan(found, own_code / "runs")
 
 
 def test_code_of_the_checkpoint_is_not_run_where_transformers_has_its_own(copy):

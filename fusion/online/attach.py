@@ -35,6 +35,7 @@ class Handle:
     ) -> None:
         self.merge, self.optimizer = merge, optimizer
         self.method, self.params = merge.checked()
+        self.idle = merge.idle
         self.layout = layout(optimizer, named)
         self.depths = depths(name for name, _ in named)
         self.steps: dict[str, int] = {}  # key of the layout -> optimizer steps seen
@@ -62,7 +63,7 @@ class Handle:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken; ValueError when it is of another sharding, or not whole."""
         for key, steps in state["steps"].items():
-            inside = steps % self.merge.every and not self.merge.idle
+            inside = steps % self.merge.every and not self.idle
             if inside and self._pieces(key) and key not in state["snapshots"]:
                 raise ValueError(
                     f"the state of online merging was saved after {steps} steps, in a window of {self.merge.every}, "
@@ -122,7 +123,7 @@ class Handle:
         return Sparse.of(masked) if p < SPARSE else masked
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self.merge.idle:
+        if self.idle:
             return
         for key, pieces in self._stepped(optimizer):
             if key not in self.snapshots:
@@ -133,7 +134,7 @@ class Handle:
         due = []
         for key, pieces in self._stepped(optimizer):
             self.steps[key] = self.steps.get(key, 0) + 1
-            if self.steps[key] % self.merge.every == 0 and not self.merge.idle:
+            if self.steps[key] % self.merge.every == 0 and not self.idle:
                 due.append((key, pieces, self.snapshots.pop(key)))
         if due:
             self._merge(due)

@@ -118,6 +118,8 @@ def _dtensor(named: Named) -> Held:
         if not isinstance(parameter, DTensor):
             raise ValueError(f"{name} is no DTensor while others are: shard the whole model, or none of it")
         shape, mesh, placements = tuple(parameter.shape), parameter.device_mesh, parameter.placements
+        if mesh.ndim > 1:  # copies of shards would be counted as parts
+            raise ValueError(f"{name} lies on a mesh of {mesh.ndim} axes: online merging knows FSDP2 over one")
         if any(isinstance(place, Shard) and (type(place) is not Shard or place.dim != 0) for place in placements):
             raise ValueError(
                 f"{name} is sharded as {placements}: online merging knows shards of the first axis (FSDP2), "

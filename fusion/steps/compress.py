@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fusion.plan import View
 
 OUTPUT = "a compressed task vector"
+BUILDS = False
 FOLDER = "task_vector"
 
 

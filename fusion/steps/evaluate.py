@@ -84,11 +84,7 @@ def plan_items(models: Any, metrics: Any, data: Any, place: str) -> list[Item]:
     names = [models] if isinstance(models, str) else list(models)
     entries = metrics if isinstance(metrics, list) else [metrics]
     parsed = [words.parse("metrics", entry, f"{place}.metrics[{index}]") for index, entry in enumerate(entries)]
-    for what, given in (("model", names), ("metric", [word for word, _ in parsed])):
-        twice = [name for number, name in enumerate(given) if name in given[:number]]
-        if twice:
-            raise ValueError(f"{place}: {what} '{twice[0]}' is given twice; measure it in a step of its own")
-    _refuse_strangers(names, parsed, place)
+    _refuse_twice_and_strangers(names, parsed, place)
     items = []
     for name in names:
         for word, params in parsed:
@@ -100,8 +96,13 @@ def plan_items(models: Any, metrics: Any, data: Any, place: str) -> list[Item]:
     return items
 
 
-def _refuse_strangers(names: list[str], parsed: list[tuple[str, dict[str, Any]]], place: str) -> None:
-    """ValueError for a metric's `target` that is none of the models: only on these does the step depend."""
+def _refuse_twice_and_strangers(names: list[str], parsed: list[tuple[str, dict[str, Any]]], place: str) -> None:
+    """ValueError for what is given twice, and for a metric's `target` that is none of the models: only on these does
+    the step depend."""
+    for what, given in (("model", names), ("metric", [word for word, _ in parsed])):
+        twice = [name for number, name in enumerate(given) if name in given[:number]]
+        if twice:
+            raise ValueError(f"{place}: {what} '{twice[0]}' is given twice; measure it in a step of its own")
     for word, params in parsed:
         if "target" in params and params["target"] not in names:
             raise ValueError(
@@ -186,9 +187,10 @@ def check(view: Any) -> None:
 
     domains = domains_of(view.fields["data"])
     given, models = view.fields["metrics"], view.fields["models"]
-    for index, entry in enumerate(given if isinstance(given, list) else [given]):
-        word, params = words.parse("metrics", entry, f"{view.place}.metrics[{index}]")
-        _refuse_strangers([models] if isinstance(models, str) else list(models), [(word, params)], view.place)
+    entries = given if isinstance(given, list) else [given]
+    parsed = [words.parse("metrics", entry, f"{view.place}.metrics[{index}]") for index, entry in enumerate(entries)]
+    _refuse_twice_and_strangers([models] if isinstance(models, str) else list(models), parsed, view.place)
+    for index, (word, params) in enumerate(parsed):
         source = words.find("metrics", word).file.read_text(encoding="utf-8")
         if "documents" in _arguments(source, word.rpartition(".")[2]) and not domains:
             raise ValueError(f"{view.place}: {word} reads text and needs data: a name of the recipe's data, or several")

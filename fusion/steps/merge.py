@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fusion.plan import View
 
 OUTPUT = "model"
+BUILDS = False
 
 
 def files(fields: Mapping[str, Any]) -> list[str]:

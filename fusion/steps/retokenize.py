@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fusion.job import Job
 
 OUTPUT = "model"
+BUILDS = False
 
 
 def retokenize(
