@@ -293,7 +293,8 @@ def test_code_of_the_checkpoint_is_no_matter_where_weights_alone_are_read(own_co
 @pytest.mark.parametrize("step", RUN, ids=lambda step: step.partition(":")[0])
 def test_code_of_the_checkpoint_is_refused_where_the_model_is_run(own_code, step, name):
     found = recipe_of(own_code, SOUP, step.replace("NAME", name))
-    with pytest.raises(ValueError, match=rf"steps\[1\].*'{name}' asks for code.*auto_map.*never run.*none for 'my_own'"):
+    sentence = rf"steps\[1\].*'{name}' asks for code.*auto_map.*never run.*none for 'my_own'"
+    with pytest.raises(ValueError, match=sentence):
         plan(found, own_code / "runs")
 
 
