@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from fusion.job import Job
+    from fusion.plan import View
 
 OUTPUT = "model"
 
@@ -46,8 +47,6 @@ def distill(
     from fusion.losses._rows import Fold
     from fusion.trainers import Objective
 
-    if not 0 <= lm_weight <= 1:
-        raise ValueError(f"{job.place}.lm_weight: {lm_weight} is not a share; it goes from 0 to 1")
     rule, rule_parameters = words.parse("fuse", fuse, f"{job.place}.fuse")
     divergence, parameters = words.parse("losses", loss, f"{job.place}.loss")
     temperature = parameters.pop("temperature", 1.0)  # tempers the logits, which the divergence sees afterwards
@@ -78,6 +77,22 @@ def distill(
         peft=peft,
         lesson=lesson,
     )
+
+
+def check(view: "View") -> None:
+    """Raises ValueError for a weight that is no share, and for a fusion rule or a loss that has no use for draws where
+    draws are recorded; `plan` calls it."""
+    from fusion import words
+
+    weight = view.fields["lm_weight"]
+    if not 0 <= weight <= 1:
+        raise ValueError(f"{view.place}.lm_weight: {weight} is not a share; it goes from 0 to 1")
+    rule, _ = words.parse("fuse", view.fields["fuse"], f"{view.place}.fuse")
+    divergence, _ = words.parse("losses", view.fields["loss"], f"{view.place}.loss")
+    stores = [view.outputs[name] for name in view.fields["targets"]]
+    kept = ("top_k", "nucleus")  # whether these are whole or truncated hangs on the teacher's vocabulary
+    if all(one.step.verb == "record" and not any(one.fields.get(name) for name in kept) for one in stores):
+        mixed_kind(["sampled"] * len(stores), rule, divergence, view.place)
 
 
 def mixed_kind(kinds: list[str], rule: str, divergence: str, place: str) -> str:
