@@ -1,10 +1,7 @@
 """README.md of a run: a model card that Hugging Face's hub reads, with the recipe inside."""
 
-import re
-
-import yaml
-
 from fusion._gather import Model, Report
+from fusion._markdown import fence, front_matter, text
 from fusion._pictures import duration
 from fusion._verdict import JOINS
 
@@ -33,7 +30,7 @@ def card(report: Report) -> str:
     tags = ["fusion", *["knowledge-distillation"] * ("distill" in verbs), *["merge"] * joins]
     front["tags"] = tags
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        front_matter(front),
         f"# {text(subject)}",
         " ".join(text(sentence) for sentence in report.verdict),
         "`result/` holds the checkpoint, `report.html` the pictures, `report.json` the numbers."
@@ -42,22 +39,11 @@ def card(report: Report) -> str:
     ]
     if report.domains or any(model.scores.blimp_accuracy is not None for model in report.models):
         parts += ["## Results", _results(report)]
-    parts += ["## How it was made", _made(report), _fence(report.text)]
+    parts += ["## How it was made", _made(report), fence(report.text)]
     if sources:
         parts += ["## Sources", "\n".join(_source(model) for model in sources)]
     parts += ["## Limits", _limits(report)]
     return "\n\n".join(parts) + "\n"
-
-
-def text(value: object) -> str:
-    """`value` as one line of Markdown that means nothing but itself."""
-    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", " ".join(str(value).split()))
-
-
-def _fence(recipe: str) -> str:
-    """The recipe in a fence longer than any run of backticks in it."""
-    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", recipe)), default=0))
-    return f"{ticks}yaml\n{recipe.rstrip()}\n{ticks}"
 
 
 def _results(report: Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +15,13 @@ from typing import Any
 from fusion import _ranks
 from fusion._adapter_files import is_adapter
 from fusion._merge import merge_checkpoints
+from fusion._merge_card import merge_card
 from fusion._progress import Progress
 from fusion._say import duration, size
 from fusion.recipe import ModelRef, scalar
 
 PATIENCE = 2.0  # seconds without a bar
+CHANGE_BYTES = ("only", "copy", "dtype", "tokenizer", "seed")  # of the options
 
 
 class Late:
@@ -59,8 +62,15 @@ def run(
 ) -> None:
     """Merges, and says what came out. options: those of `merge_checkpoints` that the command line gives as they are."""
     found, weights = parse_models(models)
+    given, after = parse_params(params), [scalar(one) for one in post]
+    _refuse_device(options["device"])
+    said = {"params": given, "post": after, **{name: options[name] for name in CHANGE_BYTES}}
+    typed = _typed(method, {"base": base, "model": models, "out": out, "param": params, "post": post, **options})
+    readme = Path(out) / "README.md"
     if base is None and all(is_adapter(Path(path)) for path in found.values()):
-        _adapters(method, found, Path(out), weights, parse_params(params), post=post, **options)
+        _adapters(method, found, Path(out), weights, dict(given), post=post, **options)
+        card = merge_card(readme.parent, method, found, base, weights, said, typed, adapters=True)
+        readme.write_text(card, encoding="utf-8")
         return
     with _launched(Path(out)) as ranks:
         merged = merge_checkpoints(
@@ -69,8 +79,8 @@ def run(
             out,
             base=None if base is None else _located(base),
             weights=weights,
-            params=parse_params(params),
-            post=[scalar(one) for one in post],
+            params=given,
+            post=after,
             rank=ranks.rank,
             world=ranks.world,
             wait=ranks.wait,
@@ -78,7 +88,34 @@ def run(
             **options,
         )
     if ranks.rank == 0:
-        print(_told(out, merged.metrics), flush=True)
+        from fusion._merge_report import of_metrics
+
+        named = None if base is None else Path(base).name
+        sentences = of_metrics(merged.metrics, merged.path.name, named, merged.path).sentences
+        card = merge_card(readme.parent, method, found, base, weights, said, typed, sentences=sentences)
+        readme.write_text(card, encoding="utf-8")
+        print(_told(out, merged.metrics), *sentences, sep="\n", flush=True)
+
+
+def _refuse_device(device: str) -> None:
+    """ValueError for one that is not there, before anything is read."""
+    if device == "cpu":
+        return
+    import torch
+
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    allowed = [] if here is None else [f"{here.type}:{n}" for n in range(torch.accelerator.device_count())]
+    if device not in [*allowed, *(one.partition(":")[0] for one in allowed)]:
+        raise ValueError(f"--device {device}: there is none such here; allowed: {', '.join(['cpu', *allowed])}")
+
+
+def _typed(method: str, given: Mapping[str, Any]) -> str:
+    """The command, as it can be typed again."""
+    words = ["fusion", "merge", method]
+    for name, value in given.items():
+        several = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        words += [word for one in several for word in (f"--{name.replace('_', '-')}", str(one))]
+    return shlex.join(words)
 
 
 def _adapters(
@@ -128,6 +165,8 @@ def parse_params(params: Sequence[str]) -> dict[str, Any]:
         name, equals, value = given.partition("=")
         if not equals or not name:
             raise ValueError(f"--param {given}: NAME=VALUE is needed, like density=0.5")
+        if name in found:
+            raise ValueError(f"--param {given}: '{name}' is given twice; for a value for each model give a list")
         found[name] = scalar(value)
     return found
 

@@ -109,11 +109,16 @@ def read_merge(step: Step, directory: Path) -> Merge | None:
     found = optional_json(path)
     if not isinstance(found.get("tensors"), list) or not isinstance(found.get("models"), list):
         return None
-    models = tuple(map(str, found["models"]))
     base = None if found.get("base") is None else str(step.fields.get("base") or Path(str(found["base"])).name)
+    return of_metrics(found, step.out, base, path)
+
+
+def of_metrics(found: Mapping[str, Any], name: str, base: str | None, path: Path) -> Merge:
+    """The merge called `name` that metrics tell of; `path` is where they lie, or where the merge does."""
+    models = tuple(map(str, found["models"]))
     weights = found.get("weights")
     return Merge(
-        step.out,
+        name,
         found.get("method"),
         found.get("params") or {},
         models,

@@ -1,25 +1,25 @@
 """A checkpoint under another vocabulary: which rows are kept, which are made, and the files around them.
 
 Only tensors with a row a token change; all others are copied byte by byte. Files are mapped, because rows are gathered
-from anywhere in a table, and written a chunk at a time; no model is built.
+from anywhere in a table, and written a chunk at a time; no model is built. What a killed run had written stays.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusion._files import Header, header
-from fusion._vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
     from alignment.rows import Mix
+    from fusion.checkpoint import Shard
 
 EMBEDDINGS = (
     "embed_tokens",
@@ -161,10 +161,12 @@ def write(
     shard_size: str,
     advance: Callable[[int], None],
 ) -> None:
-    """The checkpoint's files with the tables of `new` at `count` rows and every other tensor as it is; `advance(1)`
-    hears of every tensor."""
+    """The checkpoint's files with the tables of `new` at `count` rows and every other tensor as it is; those that a
+    killed run wrote into the folder stay. `advance(1)` hears of every tensor."""
     import torch
 
+    from fusion._manifest import Manifest
+    from fusion._partial import left_over
     from fusion._say import bytes_of
     from fusion.checkpoint import DTYPES, Entry, Writer, layout
 
@@ -172,85 +174,41 @@ def write(
     for name, entry in model.header.tensors.items():
         shape = (count, *entry.shape[1:]) if name in new else entry.shape
         entries.append(Entry(name, shape, DTYPES[entry.dtype], DTYPES[entry.dtype]))
+    sizes = {entry.name: entry.numel * entry.dtype.itemsize for entry in entries}
     shards = layout(entries, bytes_of(shard_size, "shard_size"))
-    Writer.create(folder, shards)
-    writer = Writer(folder, shards)
+    if not _begun(folder, shards):
+        for old in left_over(folder):
+            old.unlink()
+        Writer.create(folder, shards)
+    writer, manifest = Writer(folder, shards), Manifest(folder)
     for name in [name for shard in shards for name in shard.places]:
-        place = 0
-        for chunk in new[name] if name in new else [torch.from_numpy(model.bytes(name))]:
-            writer.write(name, place, chunk.flatten())
-            place += chunk.numel()
+        size = sizes[name]
+        if not manifest.has(name) or manifest.checksum(name) != writer.checksum(name, 0, size):
+            place = 0
+            for chunk in new[name] if name in new else [torch.from_numpy(model.bytes(name))]:
+                writer.write(name, place, chunk.flatten())
+                place += chunk.numel()
+            manifest.add(name, writer.checksum(name, 0, size), "made" if name in new else "copied", {})
         advance(1)
     writer.sync()
     writer.close()
+    manifest.close()
+    for old in left_over(folder):
+        old.unlink()
     if len(shards) > 1:
-        total = sum(entry.numel * entry.dtype.itemsize for entry in entries)
+        total = sum(sizes.values())
         where = {name: shard.file for shard in shards for name in shard.places}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def new_rows(
-    way: str,
-    own: Stored,
-    vocabulary: Vocabulary,
-    stored: Callable[[str], Stored],
-    k: int,
-    bar: Callable[[int], None],
-    device: str = "cpu",
-) -> Rows:
-    """How every row of the new vocabulary is made, missing ones by `way`: first_piece, omp, mean or zero.
-
-    stored: the checkpoint of a model's name, asked for by omp alone.  bar: hears of every n rows found by omp.
-    """
-    import numpy as np
-
-    lacking = vocabulary.lacking
-    nothing = np.zeros(0, np.int64)
-    used = np.array([i for i, one in enumerate(vocabulary.mine.spelling) if one is not None], np.int64)
-    if way == "first_piece":
-        from alignment.rows import Mix, splits
-
-        spelt = vocabulary.table.literal
-        members = splits([spelt[index] for index in lacking], vocabulary.model)
-        found = [n for n, ids in enumerate(members) if ids]
-        mixed = (lacking[found], Mix.means([members[n] for n in found]))
-        return Rows(vocabulary.kept, dict.fromkeys(("in", "out"), mixed), used, nothing)
-    if way == "omp":
-        sides = dict.fromkeys(own.tables.values())
-        pursued = {side: _pursued(side, vocabulary, stored, k, bar, device) for side in sides}
-        return Rows(vocabulary.kept, pursued, used, nothing)
-    return Rows(vocabulary.kept, {}, used, lacking if way == "zero" else nothing)
-
-
-def _pursued(
-    side: str,
-    vocabulary: Vocabulary,
-    stored: Callable[[str], Stored],
-    k: int,
-    bar: Callable[[int], None],
-    device: str,
-) -> tuple[np.ndarray, Mix]:
-    """The missing tokens and their mixes, found where they come from among the tokens that both models have."""
-    import numpy as np
-    import torch
-
-    from alignment.rows import Mix, omp
-
-    ids, parts = [], []
-    for name, tokens in vocabulary.donors().items():
-        theirs, mine = vocabulary.shared(name)
-        if not len(theirs):
-            raise ValueError(f"{name} and the model share no token, so omp has nothing to combine; take first_piece")
-        table = stored(name).table(side)
-        wanted, atoms = (table[torch.from_numpy(rows)] for rows in (vocabulary.origin[tokens, 1], theirs))
-        found = omp(wanted, atoms, k, advance=bar, device=device)
-        ids.append(tokens)
-        parts.append(Mix(torch.from_numpy(mine)[found.ids], found.weights))
-    if not ids:
-        return np.zeros(0, np.int64), Mix.means([])
-    width = max(part.ids.shape[1] for part in parts)
-    wide = [[torch.nn.functional.pad(one, (0, width - one.shape[1])) for one in (p.ids, p.weights)] for p in parts]
-    order = np.argsort(np.concatenate(ids))
-    at = torch.from_numpy(order)
-    return np.concatenate(ids)[order], Mix(torch.cat([i for i, _ in wide])[at], torch.cat([w for _, w in wide])[at])
+def _begun(folder: Path, shards: Sequence[Shard]) -> bool:
+    """Whether an earlier run made these very files."""
+    for shard in shards:
+        file = folder / shard.file
+        if not file.is_file() or file.stat().st_size != shard.size:
+            return False
+        with open(file, "rb") as stream:
+            if stream.read(len(shard.header)) != shard.header:
+                return False
+    return True

@@ -14,6 +14,7 @@ from fusion._say import duration, size
 from fusion.plan import Plan
 from fusion.words import Word
 
+READ = ("inputs", "statistics")  # what merge.json says was read
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -67,7 +68,7 @@ def show_directory(directory: Path) -> None:
         for name, value in about.items():
             table.add_row(name, f"{len(value)} entries" if isinstance(value, list) else _short(value))
         console.print(table)
-    elif (directory / "config.json").is_file():
+    elif (directory / "config.json").is_file() or (directory / "merge.json").is_file():
         _show_checkpoint(console, directory)
     elif not (directory / "step.json").is_file():
         raise ValueError(f"{directory} holds neither config.json (a checkpoint) nor store.json (a store of targets)")
@@ -101,10 +102,18 @@ def _show_checkpoint(console: Console, directory: Path) -> None:
 
 
 def _show_provenance(console: Console, directory: Path) -> None:
-    for name in ("step.json", "source.json"):
+    for name in ("step.json", "source.json", "merge.json"):
         if not (directory / name).is_file():
             continue
         about = json.loads((directory / name).read_text(encoding="utf-8"))
+        if name == "merge.json":
+            read = {f"{what} {one}": entry["path"] for what in READ for one, entry in about.pop(what).items()}
+            checked = f"{len(about.pop('tensors'))} tensors with a checksum each"
+            about = {
+                **{key: value for key, value in about.items() if value not in (None, [], {})},
+                **read,
+                "written": checked,
+            }
         table = Table(title=f"provenance ({name})", title_justify="left", show_header=False)
         for key, value in about.items():
             table.add_row(key, _short(value))

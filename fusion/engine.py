@@ -60,10 +60,10 @@ def merge_tensors(
 def merge_state_dicts(
     method: str,
     dicts: Sequence[Mapping[str, Tensor]],
-    *,
     base: Mapping[str, Tensor] | None = None,
     weights: Sequence[float] | None = None,
     inputs: Mapping[str, Any] | None = None,  # statistic -> one dict for each model; a post word's -> the base's dict
+    *,
     seed: int = 0,
     post: Sequence[str | Mapping[str, Any]] | None = None,  # [{"lines": {"alpha": 0.5}}]
     **params: Any,

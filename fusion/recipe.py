@@ -105,7 +105,10 @@ _Loader.add_implicit_resolver(
 
 def scalar(text: str) -> Any:
     """The value that `text` has in a recipe: 1e-5 a float, true a bool, [a, b] a list."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"'{text}' is not YAML: {' '.join(str(error).split())}") from None
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

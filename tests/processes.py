@@ -1,9 +1,10 @@
-"""Ranks of one job as processes of this machine, over gloo."""
+"""Ranks of one job as processes of this machine, over gloo; and single ones, to be killed."""
 
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,3 +40,20 @@ def together(world: int, module: str, *arguments: str) -> None:
     ranks = [subprocess.Popen(command, env=one, **pipes) for one in environments(world)]
     said = [one.communicate(timeout=300)[0] for one in ranks]
     assert all(one.returncode == 0 for one in ranks), "\n".join(text[-3000:] for text in said)
+
+
+def forked(work: Callable[[], object]) -> int:
+    """A process of its own that does the work; its id. A fork, since every method in a fresh one would take minutes."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+        os._exit(0)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -438,6 +438,8 @@ def test_the_command_line_merges_adapters(three, tmp_path):
     base, adapters = three
     assert "out: an adapter of 2" in call("concat", out="out").output
     close(deltas(tmp_path / "out"), weighted({name: adapters[name] for name in "ab"}, [0.5, 1.0]))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: peft" in card and "2 adapters merged by `concat`" in card and "weight: 0.5" in card
     assert call("ties", "--param", "rank=2", out="low").exit_code == 0
     assert {pair.rank for pair in read_adapter(tmp_path / "low").pairs.values()} == {2}
     refused = call("concat", "--only", "*q_proj*", out="none")

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from fusion import words
 from fusion._method import Method
+from fusion.cli import main
 from fusion.merge import merge_checkpoints, merge_state_dicts
+from tests.processes import ended, forked
 
 SHAPES = {
     "model.embed_tokens.weight": (150, 64),  # 2.3 blocks of 4,096
@@ -159,23 +165,6 @@ def test_same_bits_as_in_memory(word, models, tmp_path):
     )
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, memory[name]), name
-
-
-def forked(work) -> int:
-    """A process of its own that does the work; its id. A fork, since every method in a fresh one would take minutes."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        work()
-        os._exit(0)
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-
-def ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("word", ALL)
@@ -357,6 +346,7 @@ def setting(name, value):
     return lambda tensors: tensors.__setitem__(name, value)
 
 
+LARGE = [name for name, shape in SHAPES.items() if len(shape) > 1]
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 BAD = {
     "missing": (lambda t: t.pop(NORM), "'odd' lacks 1 of the 11 tensors to merge: model.norm.weight"),
@@ -464,8 +454,6 @@ def test_output_that_exists_and_a_full_disk(models, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="out exists; give another directory"):
         merge_checkpoints("linear", chosen, tmp_path / "out")
-    import shutil
-
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(ValueError, match="the result takes .* kB, and .* has 1 B free; make room"):
         merge_checkpoints("linear", chosen, tmp_path / "other")
@@ -539,6 +527,70 @@ def test_command_line(models, tmp_path):
         env=environment,
     )
     assert done.stdout.strip().endswith("False"), "a merge needs no transformers"
+
+
+TYPED = [
+    (["--threads", "0"], "threads is 0; at least 1 is needed"),
+    (["--memory", "12parsecs"], "memory is '12parsecs'; a size like 512MiB or 5GB is needed"),
+    (["--memory", "1kB"], "regions of 4096 elements of 2 models take 1 MiB; allow at least that"),
+    (["--shard-size", "x"], "shard_size is 'x'; a size like"),
+    (["--param", "density"], "--param density: NAME=VALUE is needed"),
+    (["--param", "densty=0.5"], "ties has no parameter 'densty'; did you mean 'density'?"),
+    (["--param", "density=[0.1]"], "ties.density: 1 values for 2 models"),
+    (["--param", "density={"], "'{' is not YAML: while parsing a flow node"),
+    (["--param", "density=1", "--param", "density=0.5"], "--param density=0.5: 'density' is given twice"),
+    (["--post", "line"], "unknown post word 'line'; did you mean 'lines'?"),
+    (["--dtype", "floatt32"], "dtype 'floatt32' is unknown; did you mean 'float32'?"),
+    (["--device", "gpu"], "--device gpu: there is none such here; allowed: cpu"),
+    (["--tokenizer", "m9"], "tokenizer: no model is called 'm9'; there are base, m1, m2"),
+    (["--model", "m1:half"], "there is no directory m1:half"),
+    (["--only", "nothing*"], "nothing"),
+]
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"), TYPED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_what_is_typed_wrong_gets_a_sentence(more, sentence, models, tmp_path):
+    both = ["--base", str(models / "m0"), "--model", str(models / "m1"), "--model", str(models / "m2")]
+    done = CliRunner().invoke(main, ["merge", "ties", *both, "--out", str(tmp_path / "out"), *more])
+    assert done.exit_code == 1 and sentence in done.output and isinstance(done.exception, SystemExit)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_warns_of_a_wrong_base(models, tmp_path):
+    stranger = changed(models, tmp_path / "stranger", lambda t: t.update({n: torch.randn(t[n].shape) for n in LARGE}))
+    both = ["--base", str(models / "m0"), "--model", str(models / "m1"), "--model", str(stranger)]
+    done = CliRunner().invoke(main, ["merge", "ties", *both, "--out", str(tmp_path / "out")])
+    sentence = "stranger is as far from m0 as a model that has nothing to do with it"
+    assert done.exit_code == 0 and sentence in done.output and "m1 is as far" not in done.output
+    assert sentence in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_of_a_merge_makes_it_again(models, tmp_path):
+    """What it says is what was typed; a directory in the hub's cache goes by its repository."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    hub = tmp_path / "hub" / "models--some-one--a_model" / "snapshots" / commit
+    shutil.copytree(models / "m1", hub)
+    typed = ["merge", "ties", "--base", str(models / "m0"), "--model", f"{hub}:0.5", "--model", str(models / "m2")]
+    typed += ["--param", "density={match: {'*.0.*': 1.0, '*': 0.5}}", "--copy", "*norm*", "--seed", "3"]
+    done = CliRunner().invoke(main, [*typed, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["tags"] == ["fusion", "merge"] and front["base_model_relation"] == "merge"
+    assert front["base_model"] == ["some-one/a_model"] and f"some-one/a\\_model at {commit}" in card
+    assert "Yadav et al. 2023, arXiv:2306.01708" in card
+    said = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert said["params"] == {"density": {"match": {"*.0.*": 1.0, "*": 0.5}}} and said["copy"] == ["*norm*"]
+    assert [one["weight"] for one in said["models"].values()] == [0.5, 1.0] and said["seed"] == 3
+    again = shlex.split(next(line for line in card.splitlines() if line.startswith("    fusion merge ")))[1:]
+    assert "dtype" not in card, "nothing that was not said"
+    again[again.index(str(tmp_path / "out"))] = str(tmp_path / "again")
+    assert CliRunner().invoke(main, again).exit_code == 0 and raw(tmp_path / "again") == raw(tmp_path / "out")
+    shown = CliRunner().invoke(main, ["show", str(tmp_path / "out")]).output
+    for text in ("merge.json", "ties", "density", "inputs base", "11 tensors with a checksum each"):
+        assert text in shown
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path):

@@ -1,7 +1,9 @@
 """Models under another vocabulary: shared rows to the bit, missing ones by four ways, files that transformers reads."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,14 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from alignment import rows
 from alignment._pieces import pieces
 from alignment.union import counterparts
+from fusion import _new_rows, checkpoint
 from fusion._files import header
 from fusion._retokenize import token_tables
 from fusion.job import Job
 from fusion.plan import plan
 from fusion.recipe import load
 from fusion.steps.retokenize import retokenize
+from tests.processes import ended, forked
 from tests.tokenizers import TEXT, build
 
 OTHER = ["Entirely other words: zebra quartz walking; über Füße, naïve the thing.", "raise StopIteration(zzz)"] * 6
@@ -65,6 +70,24 @@ def step(folder: Path, fields: str) -> Path:
     made.mkdir()
     retokenize(Job("new", made, load(recipe), place="steps[0].retokenize"), **planned.arguments)
     return made
+
+
+def killed(module, name: str, number: int, work) -> int:
+    """The exit status of a process that does the work and is killed when it calls `module.name` once more than
+    `number` times."""
+
+    def dying():
+        call, left = vars(module)[name], iter(range(number))
+
+        def counted(*given, **named):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*given, **named)
+
+        setattr(module, name, counted)
+        work()
+
+    return ended(forked(dying))
 
 
 def tables(directory: Path) -> dict[str, torch.Tensor]:
@@ -195,11 +218,11 @@ def test_bfloat16_biases_and_stored_tied_heads(pair, tmp_path):
     shutil.copytree(pair / "a", folder / "a")
     shutil.copytree(pair / "b", folder / "b")
     changed = {name: tensor.bfloat16() for name, tensor in tables(folder / "b").items()}
-    rows = changed["lm_head.weight"].shape[0]
+    size = changed["lm_head.weight"].shape[0]
     changed |= {
-        "lm_head.bias": torch.arange(rows).bfloat16(),
+        "lm_head.bias": torch.arange(size).bfloat16(),
         "empty": torch.zeros(0, 4),
-        "model.wpe.weight": torch.ones(rows, 2),
+        "model.wpe.weight": torch.ones(size, 2),
     }
     save_file(changed, folder / "b" / "model.safetensors")
     made = step(folder, "model: b, base: a")
@@ -222,6 +245,45 @@ def test_shards_hold_the_same(pair):
     assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
     assert index["weight_map"].keys() == whole.keys() == header(made).tensors.keys()
     assert all(torch.equal(files[file][name], whole[name]) for name, file in index["weight_map"].items())
+
+
+def test_killed_it_goes_on_to_the_same_bits(pair, tmp_path, monkeypatch):
+    """Killed while rows are found, and twice while tensors are written, one of them damaged meanwhile."""
+    monkeypatch.setattr(_new_rows, "ROWS", 50)
+    fields = "model: b, base: a, missing: omp, k: 4, shard_size: 20kB"
+    whole = step(pair, fields).rename(tmp_path / "whole")
+    recipe, made = load(pair / "r.yaml"), tmp_path / "made"
+    made.mkdir()
+
+    def again():
+        retokenize(Job("new", made, recipe), **plan(recipe, tmp_path / "runs").steps[0].arguments)
+
+    assert killed(rows, "omp", 2, again) == -signal.SIGKILL
+    assert len(list(made.glob("omp/*.safetensors"))) == 2 and not list(made.glob("*.safetensors"))
+    assert killed(checkpoint.Writer, "write", 4, again) == -signal.SIGKILL
+    found = {file: file.stat().st_mtime_ns for file in made.glob("omp/*")}
+    lines = (made / "manifest-0.jsonl").read_text().splitlines()
+    assert len(found) > 4 and len(lines) == 4
+    spoilt = header(made).tensors[json.loads(lines[0])["tensor"]]
+    with open(made / spoilt.file, "r+b") as file:
+        file.seek(spoilt.start)
+        file.write(b"\xff" * 8)
+    assert killed(checkpoint.Writer, "write", 3, again) == -signal.SIGKILL
+    assert {file: file.stat().st_mtime_ns for file in made.glob("omp/*")} == found
+    assert len((made / "manifest-0.jsonl").read_text().splitlines()) == 4 + 3, "the spoilt one, and two more"
+    again()
+    assert {file.name: file.read_bytes() for file in made.iterdir()} == {
+        file.name: file.read_bytes() for file in whole.iterdir()
+    }
+
+
+def test_files_of_other_sizes_are_begun_anew(pair, tmp_path):
+    whole = step(pair, "model: b, base: a")
+    for file in (whole / "model.safetensors", whole / "manifest-0.jsonl"):
+        file.write_bytes(b"what another run left\n" if file.suffix == ".safetensors" else b"")
+    recipe = load(pair / "r.yaml")
+    retokenize(Job("new", whole, recipe), **plan(recipe, tmp_path / "runs").steps[0].arguments)
+    assert set(tables(whole)) == set(tables(pair / "b"))
 
 
 @pytest.mark.parametrize("vocabulary", ["union", "base"])
@@ -297,8 +359,8 @@ def test_a_real_model_in_a_real_vocabulary(smollm2, gemma3, tmp_path):
     retokenize(Job("new", made, load(tmp_path / "x.yaml")), out="new", model="small", base="gemma")
     size = header(gemma3).vocabulary
     with safe_open(made / "model.safetensors", "pt") as after, safe_open(smollm2 / "model.safetensors", "pt") as before:
-        rows, old = after.get_slice("model.embed_tokens.weight"), before.get_tensor("model.embed_tokens.weight")
-        assert rows.get_shape()[0] == size
+        found, old = after.get_slice("model.embed_tokens.weight"), before.get_tensor("model.embed_tokens.weight")
+        assert found.get_shape()[0] == size
         hello, own = tokenizer(gemma3).token_to_id("▁hello"), tokenizer(smollm2).token_to_id("Ġhello")
-        assert torch.equal(rows[hello], old[own])
+        assert torch.equal(found[hello], old[own])
     assert json.loads((made / "config.json").read_text())["eos_token_id"] == 1

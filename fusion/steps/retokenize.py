@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def retokenize(
     named), or with its own and no padding; rows of tokens that it has are kept to the bit."""
     if job.rank != 0:
         return
-    from fusion._retokenize import Stored, new_rows, rewritten, write
+    from fusion._new_rows import new_rows
+    from fusion._retokenize import Stored, rewritten, write
     from fusion._vocabulary import Spoken, Vocabulary, write_files
 
     own = Stored.open(job.model(model))
@@ -42,13 +44,17 @@ def retokenize(
         )
     sides = len(dict.fromkeys(own.tables.values())) if missing == "omp" else 0
     found: Progress[int] = job.progress(sides * len(words.lacking), f"{model}: {len(words.lacking)} missing tokens")
+    begun = job.directory / "omp"
     with found as bar:
-        rows = new_rows(missing, own, words, lambda name: Stored.open(job.model(name)), k, bar.advance, job.device)
+        rows = new_rows(
+            missing, own, words, lambda name: Stored.open(job.model(name)), k, begun, bar.advance, job.device
+        )
     count = -(-len(words.kept) // pad_to_multiple_of) * pad_to_multiple_of
     new = {name: rewritten(own.tensor(name), rows, side, count) for name, side in own.tables.items()}
     written: Progress[int] = job.progress(len(own.header.tensors), f"{out}: tensors")
     with written as bar:
         write(own, new, count, job.directory, shard_size, bar.advance)
+    shutil.rmtree(begun, ignore_errors=True)
     write_files(words, own.directory, own.rows, count, job.directory)
     metrics = {
         "tokens": len(words.kept),
