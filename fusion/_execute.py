@@ -25,7 +25,7 @@ from fusion._files import config_of, file_digest
 from fusion._machine import Machine, arguments
 from fusion._ranks import Ranks
 from fusion._say import duration
-from fusion.job import Job, resolve_model
+from fusion.job import Job, resolve_model, source_model
 from fusion.plan import Plan, Planned
 
 Tell = Callable[..., None]
@@ -54,10 +54,14 @@ def execute(planned: Planned, plan: Plan, machine: Machine, ranks: Ranks, tell: 
             return
         continues = _prepare(planned, final, partial)
         tell(f"{planned.name}: {planned.step.verb}{' continues' if continues else ''} in {partial}")
+        built = planned.built({one.name: one for one in plan.steps})
         here = {name: plan[name].directory for name in planned.inputs}
-        for name in planned.models:  # once, before the others look for it
-            here[name] = resolve_model(plan.recipe, name, _keys.cache_directory())
-        for name in planned.built({one.name: one for one in plan.steps}):
+        for name in planned.models:  # once, before the others look for it; weights alone are read in place
+            if name in built:
+                here[name] = resolve_model(plan.recipe, name, _keys.cache_directory())
+            else:
+                source_model(plan.recipe, name, _keys.cache_directory())
+        for name in built:
             if (here[name] / "config.json").is_file():  # planning did not see what was downloaded
                 refuse_own_code(planned.step.place, name, config_of(here[name]))
         (partial / f"begun-{ranks.session}").touch()

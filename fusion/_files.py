@@ -162,12 +162,27 @@ def _entries(file: Path) -> tuple[dict[str, Any], int]:
         if 8 + length > size:
             raise ValueError(f"{file} is truncated or no safetensors file ({size} bytes, header of {length})")
         entries = _json(file, stream.read(length))
+    if not isinstance(entries, dict):
+        raise ValueError(f"{file} is corrupt: its header is a {type(entries).__name__}, not a table of tensors")
     entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if not _is_entry(entry):
+            raise ValueError(f"{file} is corrupt: its header says of {name}: {entry!r:.120}")
     need = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size < need:
         raise ValueError(f"{file} is truncated: {size} bytes, its header asks for {need}")
     _headers[key] = entries, 8 + length
     return _headers[key]
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is what a safetensors header says of a tensor."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(one) is int and one >= 0 for one in (*shape, *offsets)) and offsets[0] <= offsets[1]
 
 
 def _json(file: Path, content: bytes) -> dict[str, Any]:

@@ -641,8 +641,9 @@ def test_lego_of_adapters(three, tmp_path):
     close(deltas(tmp_path / "one"), deltas(adapters["a"]))  # as many clusters as units: the adapter itself
 
 
-def test_recipes_merge_adapters_in_place_and_among_themselves(small, tmp_path):
+def test_recipes_merge_adapters_in_place_and_among_themselves(small, tmp_path, monkeypatch):
     """With a base the adapted models merge, read without a copy; without one the adapters do."""
+    monkeypatch.setenv("FUSION_CACHE", str(tmp_path / "cache"))
     from fusion import run
     from fusion.merge import merge_tensors
 
@@ -656,6 +657,7 @@ def test_recipes_merge_adapters_in_place_and_among_themselves(small, tmp_path):
     ]
     loaded = of_recipe(small, models, steps)
     assert run.main([str(loaded.path), "--out", str(tmp_path)]) == 0
+    assert not list(tmp_path.glob("cache/composed-*")), "no copy"
     made = {planned.name: planned.directory for planned in plan(loaded, tmp_path).steps}
     each = [deltas(small / "adapter"), deltas(small / "other")]
     base, soup = load_file(small / "base" / "model.safetensors"), load_file(made["soup"] / "model.safetensors")

@@ -124,6 +124,15 @@ def test_damaged_files_are_named(tmp_path):
     assert "can't be read" in broken(tmp_path, lambda content: content[:8] + b"?" + content[9:])
     shape = broken(tmp_path, lambda content: content.replace(b"[10,10]", b"[10,11]"))
     assert "is corrupt: w (10 x 11, F32) has 400 bytes and needs 440" in shape
+    said = "model.safetensors is corrupt: its header says of w: {'dtype'"
+    for good, bad in (
+        (b'"shape"', b'"shapf"'),
+        (b"[10,10]", b"[-1,10]"),
+        (b"[0,400]", b"[400,0]"),
+        (b"[0,400]", b'["0",4]'),
+        (b"[0,400]", b"[   40]"),
+    ):
+        assert said in broken(tmp_path, lambda content, good=good, bad=bad: content.replace(good, bad)), bad
     assert "stored as Q9, which can't be read" in broken(tmp_path, lambda c: c.replace(b'"F32"', b'"Q9" '))
 
 

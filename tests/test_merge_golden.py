@@ -1,6 +1,7 @@
 """Numbers of mergekit 0.1.5, fusion-bench 0.2.33 and PEFT 0.21.2, and the parameters that reproduce them here."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,14 @@ def test_peers_numbers(case):
         tensor = tensor + base[name] if case in VECTORS else tensor
         off = float((merged[name] - tensor).abs().max())
         assert off <= atol, f"{name} is {off} off"
+
+
+def test_the_page_says_how_to_get_every_number_and_names_tests_that_are_there():
+    here = Path(__file__).parent
+    page = (here.parent / "docs" / "methods.md").read_text(encoding="utf-8").partition("## To reproduce a peer")[2]
+    more = [case["id"] for case in json.loads((GOLDEN / "merge_more.json").read_text())["cases"]]
+    said = set(re.findall(r"\w+", page))
+    assert [case for case in (*CASES, *more) if case not in said] == []
+    tests = "".join(file.read_text(encoding="utf-8") for file in here.rglob("test_*.py"))
+    named = {one for one in said if one.startswith("test_")} - {file.stem for file in here.rglob("test_*.py")}
+    assert [one for one in sorted(named) if f"def {one}(" not in tests] == []

@@ -71,9 +71,11 @@ def test_every_parameter_goes_by_its_name(word, values):
     for params in combinations(values):
         given = {"base": None if word in BASELESS else BASE, "inputs": INPUTS.get(word)}
         given["weights"] = None if word in UNWEIGHTED else [0.5, 0.3]
-        sides = {name: [{"w": one} for one in tensors] for name, tensors in INPUTS.get(word, {}).items()}
-        below = None if given["base"] is None else {"w": BASE}
-        model = merge_state_dicts(word, [{"w": A}, {"w": B}], below, given["weights"], sides or None, **params)["w"]
+        sides = {name: [{"tensor": one} for one in tensors] for name, tensors in INPUTS.get(word, {}).items()}
+        below = None if given["base"] is None else {"tensor": BASE}
+        model = merge_state_dicts(
+            word, [{"tensor": A}, {"tensor": B}], below, given["weights"], sides or None, **params
+        )["tensor"]
         assert model.shape == A.shape and torch.isfinite(model).all()
         if params.get("scope") != "model":
             assert torch.equal(merge_tensors(word, [A, B], **given, **params), model)
@@ -87,6 +89,7 @@ def test_defaults_are_those_that_were_promised(word):
 
 
 def test_first_and_second_model_are_told_apart():
-    assert torch.equal(merge_tensors("slerp", [A, B], t=0), A) and torch.equal(merge_tensors("slerp", [A, B], t=1), B)
+    assert torch.equal(merge_tensors("slerp", [A, B], t=0), A)
+    assert torch.allclose(merge_tensors("slerp", [A, B], t=1), B, atol=1e-6)
     near = merge_tensors("nearswap", [A, B], t=0.05)
     assert torch.allclose(near, A + (B - A).clamp(-0.05, 0.05), atol=1e-6)

@@ -373,6 +373,25 @@ def test_a_cached_repository_needs_no_network(hub, tiny):
         assert from_hub(hub="someone/tiny") == found
 
 
+def test_code_of_a_repository_is_refused_when_it_is_there(hub, tmp_path, monkeypatch, capsys):
+    """Planning does not look into the hub's cache; a merge takes it, what runs its result does not."""
+    from fusion.run import main
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    at = hub / "snapshots" / COMMIT
+    config = json.loads((at / "config.json").read_text())
+    remote = {"auto_map": {"AutoModelForCausalLM": "x.Y"}, "model_type": "my_own"}
+    (at / "config.json").write_text(json.dumps({**config, **remote}))
+    (tmp_path / "text.txt").write_text("words\n")
+    lines = [f"models: {{m: {{hub: someone/tiny, revision: {COMMIT}}}}}", "data: {t: {path: text.txt}}", "steps:"]
+    lines += ["  - merge: {out: soup, method: linear, models: [m]}"]
+    lines += ["  - evaluate: {models: [soup], metrics: [bits_per_byte], data: t}"]
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    assert main([str(tmp_path / "r.yaml"), "--out", str(tmp_path / "runs")]) == 1
+    assert (tmp_path / "runs/r/soup/model.safetensors").is_file()
+    assert "config.json of 'soup' asks for code of its own (auto_map)" in capsys.readouterr().err
+
+
 def test_hub_sentences(hub):
     with pytest.raises(ValueError, match="not in the local hub cache"):
         from_hub(hub="someone/else", revision=COMMIT)
