@@ -61,7 +61,7 @@ def main() -> None:
 def plan(recipe: str, out: str, config: str | None, num_processes: int | None, overrides: tuple[str, ...]) -> None:
     """What will run, what is cached, and estimates of disk, RAM and time; exit 1 with sentences if it can't."""
     with importing():
-        from fusion import _launch, _table
+        from fusion import _table
         from fusion._options import parse
         from fusion.plan import plan as check
         from fusion.recipe import load
@@ -70,6 +70,8 @@ def plan(recipe: str, out: str, config: str | None, num_processes: int | None, o
         options = parse([recipe, *overrides])
         _table.show_plan(check(load(options.recipe, options.overrides), out))
         return
+    from fusion import _launch
+
     prepared = _launch.prepare(recipe, config, num_processes, out, overrides)
     _table.show_plan(prepared.plan)
     for line in prepared.said:

@@ -92,12 +92,8 @@ def test_sigterm_saves_and_the_same_command_gives_the_same_model(
     assert len(logs[1]) == len({line["step"] for line in logs[1]}), "a step was trained and logged twice"
 
 
-def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tune = {"tune": RECIPE["steps"][0]["tune"] | {"train": TRAIN | {"max_steps": 6, "save_steps": 3}}}
-    (tmp_path / "r.yaml").write_text(json.dumps(RECIPE | {"steps": [tune]}))
-    call = [str(tmp_path / "r.yaml"), "--out", str(tmp_path / "runs")]
+def killed_before_the_model_is_written(call: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose training is over, with its checkpoints, and nothing else."""
 
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -105,6 +101,15 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(
     with monkeypatch.context() as patch:
         patch.setattr(_training, "leave", stopped)
         assert run.main(call) == 130
+
+
+def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune = {"tune": RECIPE["steps"][0]["tune"] | {"train": TRAIN | {"max_steps": 6, "save_steps": 3}}}
+    (tmp_path / "r.yaml").write_text(json.dumps(RECIPE | {"steps": [tune]}))
+    call = [str(tmp_path / "r.yaml"), "--out", str(tmp_path / "runs")]
+    killed_before_the_model_is_written(call, monkeypatch)
     (partial,) = tmp_path.glob("runs/r/tuned-*.partial")
     assert {folder.name for folder in partial.glob("checkpoints/*")} == {"checkpoint-3", "checkpoint-6"}
     assert run.main(call) == 0

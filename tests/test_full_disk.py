@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fusion import _training, run
+from fusion import run
 from fusion._merge import merge_checkpoints
 from fusion._room import room
-from tests.test_failure import GPT2, ROOT, TRAIN
+from tests.processes import ROOT
+from tests.test_failure import GPT2, TRAIN, killed_before_the_model_is_written
 
 SCRATCH = {"config": GPT2, "tokenizer": {"train": "bytes"}}
 LESSON = {"model": "student", "data": "text", "max_length": 64, "train": TRAIN | {"max_steps": 4, "save_steps": 2}}
@@ -128,13 +129,7 @@ def test_a_training_checkpoint_that_was_damaged_is_named(
     tune = {"tune": {"out": "tuned"} | LESSON}
     (tmp_path / "r.yaml").write_text(json.dumps(RECIPE | {"steps": [tune]}))
     call = [str(tmp_path / "r.yaml"), "--out", str(tmp_path / "runs")]
-
-    def stopped(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_training, "leave", stopped)
-        assert run.main(call) == 130
+    killed_before_the_model_is_written(call, monkeypatch)
     (folder,) = tmp_path.glob("runs/r/tuned-*.partial/checkpoints/checkpoint-2")
     weights, optimizer = folder / "model.safetensors", folder / "optimizer.pt"
     whole = weights.read_bytes()

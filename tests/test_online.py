@@ -239,3 +239,36 @@ def test_a_mask_that_is_drawn_once_leaves_kept_entries_only(density):
     optimizer.step()
     expected = start + 0.5 * (task["weight"] / density).clamp(-1, 1) * kept
     torch.testing.assert_close(model.weight.data, expected, atol=1e-7, rtol=1e-6)
+
+
+def test_a_density_that_varies_with_depth_masks_each_layer_by_its_own():
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(60, 50, bias=False) for _ in range(2))})
+    task = vectors(model)
+    params = {"density": {"layers": [0.2, 0.8]}}
+    how = OnlineMerge("dare", alpha=1.0, semantics="code", seed=2, params=params)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    how.attach(optimizer, model.named_parameters(), task)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for density, (name, p) in zip((0.2, 0.8), model.named_parameters(), strict=True):
+        kept = Draw(2, name, 0, 3000).uniform(1).view(50, 60) < density
+        expected = start[name] + (task[name] / density).clamp(-1, 1) * kept
+        torch.testing.assert_close(p.data, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_shards_that_are_copied_too_are_refused():
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "shards"))
+        weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Replicate(), Shard(0)]))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        with pytest.raises(ValueError, match="w lies on a mesh of 2 axes: online merging knows FSDP2 over one"):
+            OnlineMerge("dare", alpha=0.5, density=0.5).attach(optimizer, [("w", weight)], {"w": torch.ones(4, 2)})
+    finally:
+        destroy_process_group()

@@ -58,8 +58,8 @@ def expected(folder):
     return out | {f"met/{name}": p.detach() for name, p in net.named_parameters()}
 
 
-def ranks(kind, dtype, folder):
-    together(2, "tests.live_rank", kind, dtype, str(folder))
+def ranks(kind, dtype, folder, world=2):
+    together(world, "tests.live_rank", kind, dtype, str(folder))
     return load_file(folder / f"{kind}-{dtype}.safetensors")
 
 
@@ -99,6 +99,14 @@ def test_a_result_that_is_not_finite_is_refused_before_anything_changes(folder):
     with pytest.raises(ValueError, match="^linear: 'second.weight' is not finite after the merge$"):
         merge_into(optimizer, net.named_parameters(), "linear", sources, weights=[1.0, 2.0], params=params)
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+
+
+@pytest.mark.slow
+def test_a_rank_that_holds_nothing_of_a_tensor_counts_with_the_others(folder, expected):
+    """Of three, some have no part of a tensor that two share, and statistics of it are added up over all."""
+    got = ranks("zero2", "float32", folder, world=3)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow

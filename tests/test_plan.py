@@ -13,7 +13,9 @@ from fusion.plan import plan
 STEPS = """
 seed: 0
 models:
-  tiny: {config: {model_type: llama, hidden_size: 32, num_hidden_layers: 2}, tokenizer: {train: bpe, vocab_size: 400, data: text}}
+  tiny:
+    config: {model_type: llama, hidden_size: 32, num_hidden_layers: 2}
+    tokenizer: {train: bpe, vocab_size: 400, data: text}
   peer: {config: {model_type: gpt2, n_embd: 32}, tokenizer: {train: bpe, vocab_size: 400, data: text}}
 data:
   text: {path: corpus.jsonl, column: body}
@@ -26,7 +28,7 @@ steps:
   - distill: {out: taught, model: peer, targets: [hints], data: both, fuse: {min_ce: {unit: token}}}
   - evaluate: {models: [peer, taught], metrics: [bits_per_byte], data: {t: text}}
 result: taught
-"""  # noqa: E501
+"""
 
 
 @pytest.fixture(autouse=True)

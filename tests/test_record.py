@@ -377,6 +377,8 @@ def test_a_disk_too_small_is_said_before(prose: Path, monkeypatch) -> None:
     with pytest.raises(ValueError, match=r"recording 40 documents of text takes about .* GB and .* has 1e-06 GB free"):
         run(prose, "full")
     assert not any((prose / "full").iterdir())
+    (prose / "full" / "00000.safetensors").write_bytes(bytes(500_000))  # of a run that was stopped
+    run(prose, "full")
 
 
 def test_a_vocabulary_larger_than_the_head_is_refused(tmp_path: Path) -> None:

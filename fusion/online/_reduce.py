@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusion._method import Method, Region
 from fusion.merge._x import Max, Min, Reading, Sum
 
 TOGETHER = 16  # tensors whose readings travel in one message
@@ -61,6 +63,22 @@ def over_ranks(
                     shape = full[name][s].value.shape
                     out[name] = {**out.get(name, {}), s: kind(part.reshape(shape))}
     return out
+
+
+def of_no_part(
+    method: Method,
+    index: int,
+    params: Mapping[str, Any],
+    name: str,
+    stats: Mapping[str, Tensor],
+    weights: Tensor,
+    based: bool,
+) -> Readings:
+    """What a statistics pass returns on a rank that holds no part of a tensor: of the others' form, on the weights'
+    device; the values mean nothing."""
+    one = torch.zeros(len(weights), 1, device=weights.device)
+    # the shape is larger than the region: a part, as what the other ranks hold
+    return method.call_pass(index, Region(one, one[0] if based else None, weights, name, (2,), stats=stats), params)
 
 
 def _wide(value: Tensor) -> Tensor:

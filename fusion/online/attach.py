@@ -13,7 +13,7 @@ from fusion._params import depths, layer_of
 from fusion._say import nearest
 from fusion.merge._draw import Draw
 from fusion.merge._x import Outputs, Running, Sum
-from fusion.online._reduce import added_up, over_ranks
+from fusion.online._reduce import Readings, added_up, of_no_part, over_ranks
 from fusion.online._sparse import Sparse
 from fusion.online.layouts import Piece, layout
 from fusion.online.settings import OnlineMerge, Readable
@@ -187,11 +187,9 @@ class Handle:
     def _shared(self, index: int, own: Mapping[str, Any], names: list[str], stats: Mapping[str, Any]) -> dict[str, Any]:
         """Readings of tensors that several ranks hold parts of, added up over the ranks."""
 
-        def nothing(name: str) -> Any:
-            one = torch.zeros(2, 1, device=self.layout.device)
-            # larger than the region: a part, as what the other ranks hold
-            region = Region(one, one[0], self._weights(one.device), name, (2,), stats=stats[name], seed=self.merge.seed)
-            return self.method.call_pass(index, region, self._concrete(name))
+        def nothing(name: str) -> Readings:
+            weights = self._weights(self.layout.device)
+            return of_no_part(self.method, index, self._concrete(name), name, stats[name], weights, True)
 
         return over_ranks(own, names, nothing)
 
@@ -228,11 +226,8 @@ class Handle:
         """The method's parameters for one tensor."""
         params = self.method.resolve(self.params, name, layer_of(name, self.depths))
         if self.merge.semantics == "code" and self.method.word == "dare":
-            own = params["density"]
-            params["density"] = [
-                float(own[0] if isinstance(own, list) else own),
-                1.0,
-            ]  # the task vector is masked already
+            of_update = params["density"][0] if isinstance(params["density"], list) else params["density"]
+            params["density"] = [float(of_update), 1.0]  # the task vector is masked already
         return params
 
 

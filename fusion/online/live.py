@@ -18,7 +18,7 @@ from fusion._regions import refuse_nan
 from fusion.checkpoint import Source
 from fusion.merge._x import Running
 from fusion.online._agree import agreed
-from fusion.online._reduce import over_ranks
+from fusion.online._reduce import Readings, of_no_part, over_ranks
 from fusion.online.layouts import Layout, Piece, layout
 from fusion.online.vectors import checked_region
 
@@ -137,12 +137,8 @@ def _statistics(
     for index in range(max(needed.values(), default=0)):
         readings = agreed(partial(own, index))
 
-        def nothing(name: str, index: int = index) -> Mapping[str, Any]:
-            one = torch.zeros(len(weights), 1, device=held.device)
-            below = one[0] if based else None
-            # larger than the region: a part, as what the other ranks hold
-            region = Region(one, below, weights.to(one.device), name, (2,), stats=stats[name])
-            return method.call_pass(index, region, params[name])
+        def nothing(name: str, index: int = index) -> Readings:
+            return of_no_part(method, index, params[name], name, stats[name], weights.to(held.device), based)
 
         shared = [name for name in split if index < needed[name]]
         if shared:

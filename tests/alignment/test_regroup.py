@@ -41,6 +41,17 @@ def test_copies_compute_the_same_and_come_back(family):
     torch.testing.assert_close(outputs(family, 0, fewer, 2), reference, rtol=1e-8, atol=1e-8)
 
 
+def test_a_dead_rotary_pair_leaves_no_nan():
+    config, tensors, _ = network("llama")
+    key = next(name for name in tensors if name.endswith("k_proj.weight"))
+    half = config["hidden_size"] // config["num_attention_heads"] // 2  # rows of a head's pair are so far apart
+    for first in (0, 2 * half):  # of the first head, of the second
+        dead = {**tensors, key: tensors[key].clone()}
+        dead[key][[first, first + half]] = 0
+        fewer, _ = regroup(dead, config, 1)
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in fewer.values())
+
+
 @pytest.mark.real
 @pytest.mark.slow
 def test_a_real_network_survives_copies_and_not_means_of_unlike_heads(smollm2):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignment._pieces import pieces
+from alignment._pieces import is_text, pieces
 from alignment.rows import Mix, omp, splits
 from tests.tokenizers import KINDS, byte_bpe, train
 
@@ -125,3 +125,8 @@ def test_omp_needs_something_to_combine():
         omp(torch.ones(1, 2), torch.ones(0, 2))
     with pytest.raises(ValueError, match="k of at least 1"):
         omp(torch.ones(1, 2), torch.ones(3, 2), k=0)
+
+
+def test_a_broken_character_beside_a_replacement_character_is_no_text():
+    assert is_text("\ufffd".encode()) and is_text(b"") and is_text("é".encode())
+    assert not is_text(b"\xbf\xbd\xef\xbf\xbd") and not is_text("é".encode()[:1])
