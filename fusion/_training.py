@@ -25,6 +25,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from fusion._causal import check_packing
+from fusion._deepspeed import check_operators, forget_shared_memory, operators
 from fusion._journal import Journal, Saved, last_checkpoint, leave, refuse_other_ranks
 from fusion._ranks import Terminated
 from fusion._sigterm import SaveAndStop, listening
@@ -80,6 +81,10 @@ def arguments(kind: type[TrainingArguments], directory: Path, seed: int, train: 
         "ddp_find_unused_parameters": False,
         "seed": seed,
     }
+    if train.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        wait = check_operators(operators())
+        if wait:
+            print(wait, flush=True)
     args = kind(**(fields | dict(train)))
     args._n_gpu = min(args.n_gpu, 1)  # more devices come by launching more processes, never by torch's DataParallel
     if is_deepspeed_zero3_enabled():
@@ -87,6 +92,8 @@ def arguments(kind: type[TrainingArguments], directory: Path, seed: int, train: 
         import deepspeed
 
         deepspeed.init_distributed(verbose=False)
+    if args.deepspeed_plugin is not None:
+        forget_shared_memory()
     return args
 
 

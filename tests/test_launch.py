@@ -87,6 +87,7 @@ def launched(small: Path) -> Callable[[str], Result]:
             both = [[one.replace("NODE", node).replace("FIRST", "127.0.0.1") for one in command] for node in "01"]
             said = call(both[: 1 + ("-nodes" in launcher)], small, environ)
             assert said.count("tuned: done in") == 1, "one process speaks"
+            assert not [*Path("/dev/shm").glob(f"deepspeed_*_{port}_*")], "no memory outlives the processes"
             done[launcher] = result(small, out)
         return done[launcher]
 
