@@ -123,10 +123,14 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in [directory] if directory.is_file() else tensor_files(directory):
         entries, data = _entries(file)
+        end, before = 0, ""
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             if name in tensors:
                 raise ValueError(f"{directory}: tensor {name} stands in {tensors[name].file} and in {file.name}")
             start, stop = entry["data_offsets"]
+            if start < end:
+                raise ValueError(f"{file} is corrupt: the bytes of {name} overlap those of {before}")
+            end, before = stop, name
             tensors[name] = Tensor(tuple(entry["shape"]), entry["dtype"], file.name, stop - start, data + start)
     return tensors
 

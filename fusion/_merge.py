@@ -112,6 +112,7 @@ def merge_checkpoints(
         tokenizer=tokenizer,
     )
     run = Run(bytes_of(memory, "memory"), threads_here(threads), chunk, device, rank, world, wait, progress)
+    _fitted(plan, run)
     partial = out.with_name(f"{out.name}.partial")
     with room(partial), alone(partial) if rank == 0 else nullcontext():
         found = merge_into(plan, partial, run)
@@ -125,6 +126,7 @@ def merge_checkpoints(
 def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
     """Writes the checkpoint into a directory that a killed run may have begun; its metrics (rank 0's; others: none)."""
     start = time.monotonic()
+    chunk, slots = _fitted(plan, run)  # first: there may be too little memory
     shards = layout((task.entry for task in plan.tasks), plan.shard_size)
     extras = _extra_shards(plan)
     wait = run.wait or patient
@@ -135,7 +137,6 @@ def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
     writer = Writer(directory, shards)
     by_products = Writer(directory / "extras", extras) if extras else None
     manifest = Manifest(directory, run.rank)
-    chunk, slots = fitted(len(plan.inputs.models), run.memory, run.threads, run.chunk)
     method = plan.recipe.method if plan.recipe else None
     # what works by region would spend its time on the way to an accelerator and back
     device = run.device if method is not None and method.unit == "tensor" else "cpu"
@@ -185,6 +186,10 @@ def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
         if one is not None:
             one.close()
     return found
+
+
+def _fitted(plan: Planned, run: Run) -> tuple[int, int]:
+    return fitted(len(plan.inputs.models), run.memory, run.threads, run.chunk)
 
 
 def _work(plan: Planned, share: Share) -> Work:

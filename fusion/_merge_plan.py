@@ -18,6 +18,7 @@ from fusion._params import depths, layer_of
 from fusion._regions import Recipe
 from fusion._say import nearest
 from fusion._tasks import Inputs, Task, tasks
+from fusion._trial import trial
 from fusion.checkpoint import Checkpoint, Source, open_source
 from fusion.engine import _method, _post, _weights
 
@@ -179,10 +180,13 @@ def _speaker(inputs: Inputs, tokenizer: str | None) -> Source:
 
 
 def _resolvable(plan: Planned, recipe: Recipe) -> None:
-    """Every parameter has a value for every tensor, before the first one is read."""
+    """Every parameter has a value for every tensor that the method takes, before the first one is read."""
+    tried = set()
     for task in plan.tasks:
         if task.action == "merge":
             layer = layer_of(task.name, plan.depths)
-            recipe.method.resolve(recipe.params, task.name, layer)
-            for word, given in recipe.post:
-                word.resolve(given, task.name, layer)
+            params = recipe.method.resolve(recipe.params, task.name, layer)
+            after = [(word, word.resolve(given, task.name, layer)) for word, given in recipe.post]
+            if repr((params, after)) not in tried:
+                tried.add(repr((params, after)))
+                trial(recipe.method, params, recipe.weights, plan.inputs.base is not None, after)

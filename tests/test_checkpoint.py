@@ -118,6 +118,15 @@ def broken(tmp_path, change):
     return str(error.value)
 
 
+def test_tensors_that_share_bytes_are_refused(tmp_path):
+    header = (
+        b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},"b":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'
+    )
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(ValueError, match="model.safetensors is corrupt: the bytes of b overlap those of a"):
+        open_source(tmp_path)
+
+
 def test_damaged_files_are_named(tmp_path):
     assert "model.safetensors is truncated" in broken(tmp_path, lambda content: content[:-5])
     assert "truncated or no safetensors file" in broken(tmp_path, lambda content: content[:20])

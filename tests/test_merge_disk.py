@@ -537,6 +537,8 @@ TYPED = [
     (["--param", "density"], "--param density: NAME=VALUE is needed"),
     (["--param", "densty=0.5"], "ties has no parameter 'densty'; did you mean 'density'?"),
     (["--param", "density=[0.1]"], "ties.density: 1 values for 2 models"),
+    (["--param", "density=2"], "density is 2; allowed are numbers from 0 to 1"),
+    (["--param", "combine=sum", "--param", "normalize=true"], "combine is 'sum' and normalize is true"),
     (["--param", "density={"], "'{' is not YAML: while parsing a flow node"),
     (["--param", "density=1", "--param", "density=0.5"], "--param density=0.5: 'density' is given twice"),
     (["--post", "line"], "unknown post word 'line'; did you mean 'lines'?"),
@@ -555,7 +557,7 @@ def test_what_is_typed_wrong_gets_a_sentence(more, sentence, models, tmp_path):
     both = ["--base", str(models / "m0"), "--model", str(models / "m1"), "--model", str(models / "m2")]
     done = CliRunner().invoke(main, ["merge", "ties", *both, "--out", str(tmp_path / "out"), *more])
     assert done.exit_code == 1 and sentence in done.output and isinstance(done.exception, SystemExit)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_the_command_warns_of_a_wrong_base(models, tmp_path):
