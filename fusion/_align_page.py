@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fusion import _pictures as draw
 from fusion._align_report import Alignment, Barriers, lead
-from fusion._heat import Heat, heat
-from fusion._merge_report import average, percent
+from fusion._heat import Entry, Heat, by_layer, heat
+from fusion._merge_report import percent
 from fusion._pictures import esc
 from fusion._readings import is_number
 
@@ -52,15 +52,12 @@ def maps(one: Alignment) -> list[Heat]:
         ),
     ]
     for title, unit, value, printed in wanted:
-        rows = _table([(name, value(space), 1) for name, space in one.spaces.items()])
+        rows = by_layer(_space(name, value(space)) for name, space in one.spaces.items())
         largest = max((abs(v) for row in rows.values() for v in row if v is not None), default=0.0)
         if largest:
             found.append(Heat(title, unit, rows, 1.0 if printed is percent else largest, printed))
     tensors = [entry for entry in one.found.get("tensors", []) if isinstance(entry, dict)]
-    both = {
-        way: _table([(_place(entry), _number(entry, way), int(entry.get("numel", 1))) for entry in tensors])
-        for way in ("naive", "aligned")
-    }
+    both = {way: by_layer(_tensor(entry, way) for entry in tensors) for way in ("naive", "aligned")}
     ends = [v for rows in both.values() for row in rows.values() for v in row if v is not None]
     for way, title in (("naive", "Apart as they are"), ("aligned", "Apart when aligned")):
         if both[way] and max(ends) > 0:
@@ -111,24 +108,13 @@ def _moved(space: Mapping) -> float | None:
     return None if moved is None or not units else moved / (units * copies)
 
 
-def _place(tensor: Mapping) -> str:
-    layer = tensor.get("layer")
-    kind = str(tensor.get("kind")).removesuffix(".weight")
-    return kind if layer is None else f"layers.{layer}.{kind}"
+def _space(name: str, value: float | None) -> Entry:
+    """Of a name like layers.3.mlp."""
+    head, _, rest = name.partition(".")
+    number, _, kind = rest.partition(".")
+    return (kind, int(number), value, 1) if head == "layers" and number.isdigit() and kind else (name, None, value, 1)
 
 
-def _table(entries: Sequence[tuple[str, float | None, int]]) -> dict[str, list[float | None]]:
-    """Kind -> values by layer, from names like layers.3.mlp; what lies outside the layers has one value."""
-    sums: dict[str, dict[int | None, list[tuple[float, int]]]] = {}
-    for name, value, weight in entries:
-        head, _, rest = name.partition(".")
-        number, _, kind = rest.partition(".")
-        inside = head == "layers" and number.isdigit() and kind
-        if value is not None:
-            place = sums.setdefault(kind if inside else name, {})
-            place.setdefault(int(number) if inside else None, []).append((value, weight))
-    layers = 1 + max((layer for by in sums.values() for layer in by if layer is not None), default=-1)
-    return {
-        kind: [average(by[None])] if None in by else [average(by.get(layer, ())) for layer in range(layers)]
-        for kind, by in sorted(sums.items(), key=lambda item: None in item[1])
-    }
+def _tensor(entry: Mapping, way: str) -> Entry:
+    layer, kind = entry.get("layer"), str(entry.get("kind")).removesuffix(".weight")
+    return (kind, None if layer is None else int(layer), _number(entry, way), int(entry.get("numel", 1)))

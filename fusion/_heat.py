@@ -1,8 +1,9 @@
 """Heat maps of a report: kinds of tensors down, layers across, one drawing a row that stretches with the page."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fusion._merge_report import average
 from fusion._pictures import breakable, esc, line_up, ticks
 
 
@@ -18,6 +19,23 @@ class Heat:
     rows: Mapping[str, Sequence[float | None]]
     limit: float
     printed: Callable[[float], str]
+
+
+# kind, layer (None: outside the layers), value, how much it counts in the mean where several share a place
+Entry = tuple[str, int | None, float | None, int]
+
+
+def by_layer(entries: Iterable[Entry]) -> dict[str, list[float | None]]:
+    """Rows of a map: kind -> values by layer, in the order given; last the kinds outside the layers, of one value."""
+    sums: dict[str, dict[int | None, list[tuple[float, int]]]] = {}
+    for kind, layer, value, weight in entries:
+        if value is not None:
+            sums.setdefault(kind, {}).setdefault(layer, []).append((value, weight))
+    layers = 1 + max((layer for by in sums.values() for layer in by if layer is not None), default=-1)
+    return {
+        kind: [average(by[None])] if None in by else [average(by.get(layer, ())) for layer in range(layers)]
+        for kind, by in sorted(sums.items(), key=lambda item: None in item[1])
+    }
 
 
 def heat(map: Heat) -> str:

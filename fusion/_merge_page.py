@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from fusion import _pictures as draw
-from fusion._heat import Heat, heat
-from fusion._merge_report import Merge, Part, average, percent, weight_sentences
+from fusion._heat import Heat, by_layer, heat
+from fusion._merge_report import Merge, Part, percent, weight_sentences
 from fusion._pictures import esc
 from fusion._readings import is_number
 
@@ -115,7 +115,7 @@ def maps(merge: Merge) -> list[Heat]:
     ]
     found = []
     for title, unit, value, printed in wanted if k > 1 and merge.base else wanted[:1]:
-        rows = _table(merge.parts, value)
+        rows = _rows(merge.parts, value)
         values = sorted(abs(one) for row in rows.values() for one in row if one is not None)
         if values and values[-1] > 0:
             limit = values[math.ceil(0.98 * len(values)) - 1] or values[-1]  # one wild tensor leaves the rest a colour
@@ -123,26 +123,15 @@ def maps(merge: Merge) -> list[Heat]:
     return found
 
 
-def _table(parts: Sequence[Part], value: Callable[[Part], float | None]) -> dict[str, list[float | None]]:
-    """Kind -> values by layer, the mean where several tensors share a place; the largest kinds, in the model's order.
-
-    What lies outside the layers has one value, which takes the whole row.
-    """
-    sums: dict[str, dict[int | None, list[tuple[float, int]]]] = {}
+def _rows(parts: Sequence[Part], value: Callable[[Part], float | None]) -> dict[str, list[float | None]]:
+    """Kind -> values by layer, of the largest kinds."""
+    found = [(_kind(part), part.layer, number, part.numel) for part in parts if (number := value(part)) is not None]
     sizes: dict[str, int] = {}
-    for part in parts:
-        number = value(part)
-        if number is None:
-            continue
-        kind = ".".join("*" if piece.isdigit() else piece for piece in part.kind.split("."))
-        sums.setdefault(kind, {}).setdefault(part.layer, []).append((number, part.numel))
-        sizes[kind] = sizes.get(kind, 0) + part.numel
+    for kind, _, _, numel in found:
+        sizes[kind] = sizes.get(kind, 0) + numel
     shown = set(sorted(sizes, key=lambda kind: -sizes[kind])[:ROWS])
-    layers = 1 + max((part.layer for part in parts if part.layer is not None), default=-1)
-    order = sorted((kind for kind in sums if kind in shown), key=lambda kind: None in sums[kind])
-    return {
-        kind.removesuffix(".weight"): [average(sums[kind].get(layer, ())) for layer in range(layers)]
-        if None not in sums[kind]
-        else [average(sums[kind][None])]
-        for kind in order
-    }
+    return by_layer(entry for entry in found if entry[0] in shown)
+
+
+def _kind(part: Part) -> str:
+    return ".".join("*" if piece.isdigit() else piece for piece in part.kind.removesuffix(".weight").split("."))
