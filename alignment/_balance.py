@@ -19,12 +19,13 @@ from alignment.spaces import Part, Space, Spaces
 
 
 def blocks_of(spaces: Spaces, tensors: Mapping[str, Tensor], rows: Tensor | None = None) -> dict[str, Tensor]:
-    """All parts that a checkpoint has, in one precision, offsets added; rows of the vocabulary as they correspond."""
+    """All parts that a checkpoint has, in one precision, as the network uses them; rows of the vocabulary as they
+    correspond."""
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
     found = {}
     for part in spaces.parts:
         if all(name in tensors for name in part.names):
-            block = part.read(tensors).to(dtype) + part.offset
+            block = (part.read(tensors).to(dtype) + part.offset) * part.factor
             names = [axis.space for axis in part.axes]
             if rows is not None and "vocabulary" in names:
                 block = block.index_select(names.index("vocabulary"), rows)

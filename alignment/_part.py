@@ -34,6 +34,7 @@ class Part:
     axes: tuple[Axis, ...]
     offset: float = 0.0  # maps act on offset + tensor
     optional: bool = False  # a checkpoint may lack it (pooler, classifier)
+    factor: float = 1.0  # the network uses factor * tensor (Gemma's embeddings)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) == len(self.shape) and all(a == b or b == -1 for a, b in zip(shape, self.shape))

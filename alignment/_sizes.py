@@ -72,8 +72,17 @@ def _queries(space: Space, other: Space | None, target: Spaces, donor: Spaces) -
     if space.group.startswith("pair"):
         if space.size != other.size:
             return f"'{space.name}' turns {space.size} coordinates in the target and {other.size} in the donor"
-        if space.group != "pair scales" and _rotary(target) != _rotary(donor):
-            return "rotary embeddings turn at other frequencies in target and donor"
+    return mixed(space, other, target, donor)
+
+
+def mixed(space: Space, other: Space, target: Spaces, donor: Spaces) -> str:
+    """Why the inside of queries and keys cannot be carried at all, whatever the map; nothing where it can."""
+    if space.group.startswith("pair") and space.group != "pair scales" and _rotary(target) != _rotary(donor):
+        return "rotary embeddings turn at other frequencies in target and donor"
+    turning = space.name.removesuffix("_rest") in target.by_name
+    if space.name.endswith(".qk_rest") and turning and space.size != other.size and inside_scale(target) is None:
+        # the root of the whole head's size is divided by, and what turns can take no factor
+        return f"heads have {space.size} coordinates that do not turn in the target and {other.size} in the donor"
     return ""
 
 
@@ -82,6 +91,7 @@ def _rotary(spaces: Spaces) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(spaces.config) if spaces.config else {}
     found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     found = {name: value for name, value in found.items() if value not in (None, "default")}
+    found.pop("partial_rotary_factor", None)  # how many coordinates turn is the space's size
     found.setdefault("rope_theta", config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0)
     if config.get("rope_local_base_freq") is not None:
         found["local"] = config["rope_local_base_freq"]
@@ -140,12 +150,12 @@ def scaled(maps: Mapping[str, Map], target: Spaces, donor: Spaces) -> dict[str, 
         if space.group.startswith("orthogonal"):
             factor = (n / m) ** 0.5
             out[name] = Matrix(map.write * factor, map.read / factor)
-        elif inside_queries(name) and not _own_scale(target):
+        elif inside_queries(name) and inside_scale(target) is None:
             factor = (n / m) ** 0.25
             out[name] = Matrix(map.write * factor, map.read * factor)
     return out
 
 
-def _own_scale(spaces: Spaces) -> bool:
-    """Whether a config says by itself what the products of queries and keys are divided by."""
-    return bool(spaces.config) and json.loads(spaces.config).get("query_pre_attn_scalar") is not None
+def inside_scale(spaces: Spaces) -> float | None:
+    """The number by whose root a config divides products of queries and keys; None for the head's size."""
+    return json.loads(spaces.config).get("query_pre_attn_scalar") if spaces.config else None

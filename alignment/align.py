@@ -85,6 +85,9 @@ def align(
     sides = (target_spaces, target, rows and rows[0]), (donor_spaces, donor, rows and rows[1])
     blocks = [blocks_of(*side) for side in sides]
     keys, kept = comparable(target_spaces, donor_spaces, (blocks[0], blocks[1]), apart)
+    if vocab is not None:  # rows of the vocabulary are compared, and stay the target's
+        moved = (part for part, _ in target_spaces.uses.get("vocabulary", ()))
+        kept |= {part.key: "target and donor have other tokens" for part in moved}
     tables = (target_spaces, donor_spaces)
     even = [balance(spaces, {key: one[key] for key in keys}) for spaces, one in zip(tables, blocks)]
     balanced = [

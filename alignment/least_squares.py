@@ -145,7 +145,7 @@ def _places(spaces: Spaces, groups: Mapping[str, Tensor], weights: Sequence[floa
     found = {}
     for name, unit in groups.items():
         size = spaces.by_name[name].size
-        rows = placed(unit, size, int(unit.max()) + 1, torch.tensor(list(weights)))
+        rows = placed(unit, size, int(unit.max()) + 1, torch.tensor(list(weights), dtype=torch.float64))
         for part, number in spaces.uses[name]:
             found[part.names[0], "r" if part.axes[number].role == "r" else "w"] = rows
     return found

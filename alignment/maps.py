@@ -89,6 +89,8 @@ class Maps:
         lacking: list[str] = []
         taken: set[str] = set()
         for part in target.parts:
+            if into is not None and part.optional and any(name not in into for name in part.names):
+                continue  # the target has no place for it
             donor = None if part.key in self.kept else _counterpart(source, part)
             if donor is None or any(name not in tensors for name in donor.names):
                 if not part.optional and into is None:
@@ -103,6 +105,8 @@ class Maps:
             block = self.block(source, donor, read.float() if dtype in HALF else read)
             if donor.offset != part.offset:  # a gain that one family stores as it is and another less 1
                 block = block + (donor.offset - part.offset)
+            if donor.factor != part.factor:  # embeddings that one family multiplies by the root of its width
+                block = block * (donor.factor / part.factor)
             block = block.to(dtype)
             block = self._completed(target, part, block, into)
             for name, piece in zip(part.names, block.unbind(0) if len(part.names) > 1 else [block]):
@@ -118,13 +122,13 @@ class Maps:
             raise ValueError(
                 f"the target has no place for {', '.join(left[:3])}; give its tensors as `into` to leave it out"
             )
-        if target.ties and self._resized("residual"):
+        if target.ties:
             _even_logits(target, self, out)
         for name, tensor in tensors.items():
             if source.passed and name.endswith(source.passed):
                 out[name] = tensor.clone()
         out.update({alias: out[origin] for alias, origin in target.ties if alias in tensors})
-        return {name: out[name] for name in (tensors if target is source else out)}
+        return {name: out[name] for name in (tensors if target is source else out) if name in out}
 
     def block(self, source: Spaces, part: Part, block: Tensor) -> Tensor:
         """One part of the donor, carried along all its axes."""
@@ -258,7 +262,7 @@ def _counterpart(source: Spaces, part: Part) -> Part | None:
     if found is None and part.key == "head.weight":
         embed = source.by_key["embed.weight"]
         if any(origin == embed.names[0] for _, origin in source.ties):
-            return replace(embed, axes=part.axes)  # the head reads what the embeddings write
+            return replace(embed, axes=part.axes, factor=1.0)  # the head reads what the embeddings write
     return found
 
 
@@ -282,13 +286,17 @@ def write(part: Part, block: Tensor, out: dict[str, Tensor]) -> None:
 
 
 def _even_logits(target: Spaces, maps: Maps, out: dict[str, Tensor]) -> None:
-    """The last norm times donor over target width: a tied head reads with what writes, which shares out nothing."""
-    share = maps.source.by_name["residual"].size / maps.target.by_name["residual"].size
-    for norm in target.norms:
-        if norm.final and norm.gain in out and "norm.gain" not in maps.kept:
-            out[norm.gain] = (out[norm.gain] + norm.offset) * share - norm.offset
-            if norm.bias is not None:
-                out[norm.bias] = out[norm.bias] * share
+    """The norm before a tied head times donor over target width, since the head reads with what writes, which shares
+    out nothing, and over what the embeddings were multiplied by."""
+    own, other = target.by_key.get("embed.weight"), maps.source.by_key.get("embed.weight")
+    if own is None or other is None or own.key in maps.kept:
+        return
+    share = other.axes[-1].size / own.axes[-1].size * own.factor / other.factor
+    last = "norm" if "norm.gain" in target.by_key else "transform.norm"
+    for key in (f"{last}.gain", f"{last}.bias"):
+        part = target.by_key.get(key)
+        if share != 1 and part is not None and part.names[0] in out and key not in maps.kept:
+            out[part.names[0]] = (out[part.names[0]] + part.offset) * share - part.offset
 
 
 def _role(role: str) -> str:

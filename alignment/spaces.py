@@ -73,6 +73,7 @@ class Spaces:
     ties: tuple[tuple[str, str], ...] = ()
     passed: tuple[str, ...] = ()  # endings of tensors that hold no weights (masks), carried as they are
     config: str = ""  # JSON of what the table was made from
+    layers: tuple[tuple[int, int], ...] | None = None  # as `relabel` was told
 
     def __post_init__(self) -> None:
         assert len(self.by_name) == len(self.spaces) and len(self.by_key) == len(self.parts)
@@ -136,6 +137,8 @@ class Spaces:
         from alignment.families import find_family
 
         found = find_family(json.loads(self.config), names)
+        if self.layers is not None:
+            found = found.relabel(dict(self.layers))
         return replace(found, spaces=self.spaces) if found.rank == self.rank else found
 
     def _passes(self, name: str) -> bool:
@@ -155,8 +158,10 @@ class Spaces:
         def renamed(axis: Axis) -> Axis:
             return axis if axis.space is None else replace(axis, space=called(axis.space))
 
+        assert self.layers is None, "layers were called otherwise already"
         return replace(
             self,
+            layers=tuple(layers.items()),
             spaces=tuple(
                 replace(space, name=called(space.name), within=space.within and called(space.within))
                 for space in self.spaces
@@ -217,6 +222,7 @@ class Spaces:
             tuple((alias, source) for alias, source in table["ties"]),
             tuple(table["passed"]),
             table["config"],
+            None if table["layers"] is None else tuple((own, other) for own, other in table["layers"]),
         )
 
 
@@ -252,6 +258,7 @@ def _part(fields: dict[str, Any]) -> Part:
         tuple(Axis(**axis) for axis in fields["axes"]),
         fields["offset"],
         fields["optional"],
+        fields["factor"],
     )
 
 

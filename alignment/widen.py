@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alignment._acts import Index, Map, Matrix
-from alignment._sizes import scaled
+from alignment._sizes import inside_scale, mixed, scaled
 from alignment.maps import Maps
 from alignment.spaces import Space, Spaces
 
@@ -25,10 +25,17 @@ def widen(donor: Spaces, target: Spaces) -> Maps:
     no multiple under gains or LayerNorm, other rotary coordinates, more experts or another vocabulary.
     """
     maps: dict[str, Map] = {}
+    if inside_scale(donor) != inside_scale(target):
+        raise ValueError(
+            "their configs divide the products of queries and keys by other numbers (query_pre_attn_scalar)"
+        )
     for space in target.spaces:
         own = donor.by_name.get(space.name)
         if own is None or own.group != space.group:
             raise ValueError(f"a {donor.family} network has no space '{space.name}' with the group '{space.group}'")
+        reason = mixed(space, own, target, donor)
+        if reason:
+            raise ValueError(f"space '{space.name}': {reason}, so no map keeps what attention sees")
         if space.size != own.size:
             map = _wider(space, own.size)
             maps[space.name] = map if space.within is None else _copied(map, target.copies(space))

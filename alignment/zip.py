@@ -154,7 +154,9 @@ def joined(
     space moves is averaged, by `weights` that sum to 1 (equal ones by default).
     """
     into = spaces if into is None else into
-    shares = torch.tensor([1 / len(networks)] * len(networks) if weights is None else list(weights)).double()
+    shares = torch.tensor(
+        [1 / len(networks)] * len(networks) if weights is None else list(weights), dtype=torch.float64
+    )
     made: list[dict[str, Map]] = [{} for _ in networks]
     for name, unit in groups.items():
         size = spaces.by_name[name].size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -178,9 +178,6 @@ def aligned(
         sweeps=sweeps,
         seed=seed,
     )
-    if pair.vocab is not None:
-        rows = [part.key for part in target.spaces.parts if any(axis.space == "vocabulary" for axis in part.axes)]
-        maps = replace(maps, kept={**maps.kept, **dict.fromkeys(rows, "target and donor have other tokens")})
     carried = maps.carry(donor.tensors, into=target.tensors)
     if pair.folded:
         carried, _ = unfold(carried, target.config, target.stored)

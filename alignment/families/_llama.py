@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ class Traits:
     normed: bool = False  # norms on queries and keys
     post_norms: bool = False  # norms on what attention and MLP write
     offset: float = 0.0  # added to every gain
+    scaled: bool = False  # embeddings times the root of the width; a tied head reads them as they are
     fused: bool = False  # one tensor for q, k and v, one for gate and up
     tied: bool = False  # what the config's class takes where it says nothing
     experts: str | None = None  # the spelling of experts in files
@@ -40,7 +42,8 @@ def decoder(config: Config, names: Collection[str], traits: Traits) -> Spaces:
     residual(table, width, "signed permutation", grown)
     vocabulary = table.space("vocabulary", need(config, "vocab_size"), "fixed")
     embed = "model.embed_tokens.weight"
-    table.part("embed.weight", embed, (table.size(vocabulary), width), ("vocabulary:w", "residual:w"))
+    shape, factor = (table.size(vocabulary), width), math.sqrt(width) if traits.scaled else 1.0
+    table.part("embed.weight", embed, shape, ("vocabulary:w", "residual:w"), factor=factor)
     for number, layer in enumerate(layers(need(config, "num_hidden_layers"))):
         at = f"model.layers.{number}"
         _layer(table, layer, at, heads, traits)

@@ -61,6 +61,7 @@ class Table:
         take: tuple[tuple[int, int, int], ...] = (),
         offset: float = 0.0,
         optional: bool = False,
+        factor: float = 1.0,
     ) -> None:
         """A part; an axis is `space:role`, or the length of one that belongs to no space."""
         names = (names,) if isinstance(names, str) else names
@@ -77,7 +78,7 @@ class Table:
                 assert role in ("w", "r", "e"), axis
                 found.append(Axis(sizes[space], space, role))
         stored = tuple(math.prod(s) if isinstance(s, tuple) else s for s in shape)
-        self.parts.append(Part(key, names, stored, tuple(grid), take, tuple(found), offset, optional))
+        self.parts.append(Part(key, names, stored, tuple(grid), take, tuple(found), offset, optional, factor))
 
     def norm(
         self,

@@ -13,5 +13,7 @@ from alignment.spaces import Spaces
 def gemma3_text(config: Config, names: Collection[str] = ()) -> Spaces:
     """The spaces of a Gemma 3 language model."""
     bias = get(config, "attention_bias", False)
-    traits = Traits(qkv_bias=bias, out_bias=bias, head_size=256, normed=True, post_norms=True, offset=1.0, tied=True)
+    traits = Traits(
+        qkv_bias=bias, out_bias=bias, head_size=256, normed=True, post_norms=True, offset=1.0, scaled=True, tied=True
+    )
     return decoder(config, names, traits)

@@ -172,6 +172,9 @@ def test_vocabularies_correspond_by_rows():
     index[:50] = order[:50]  # the donor's token i is the target's order[i]
     maps = align(tensors, shuffled, spaces, spaces, vocab=VocabMap(index, torch.arange(61), 61))
     assert recovered(maps, symmetry) == 1.0
+    carried = maps.carry(shuffled, into=tensors)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):  # whose rows are in the donor's order
+        assert carried[name].equal(tensors[name])
 
 
 def test_layers_correspond_as_given():

@@ -268,6 +268,8 @@ def test_experts_a_tensor_each():
         assert carried.keys() == stacked.keys() == apart.keys()
         close(carried, stacked)
         close(fold(apart, config)[0], split(fold(tensors, config)[0], block, stems))
+        called = spaces.relabel({1: 0})
+        assert called.of(apart) == spelled.relabel({1: 0}) and called.rank == called.of(apart).rank
 
 
 def close(one, other):

@@ -183,3 +183,13 @@ def test_a_function_is_not_hidden_by_its_module():
     assert said(f"{load}; print(callable(a.align) and callable(a.fold) and callable(a.verify))") == "True"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = alignment.nothing
+
+
+def test_a_part_that_the_target_lacks_is_left_out():
+    """BERT's pooler and heads are parts that a checkpoint may lack."""
+    config, tensors, _ = network("bert")
+    spaces = find_family(config)
+    bare = {name: one for name, one in tensors.items() if not name.startswith("cls.predictions.transform")}
+    assert len(bare) < len(tensors)
+    carried = Maps(spaces, spaces, {}).carry(tensors, into=bare)
+    assert carried.keys() == bare.keys()

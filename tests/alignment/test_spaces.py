@@ -72,6 +72,7 @@ def test_json_holds_the_whole_table():
     for case in (("llama", 0), ("gpt2", 0), ("bert", 1), ("mixtral", 0)):
         spaces = find_family(network(*case)[0])
         assert Spaces.from_json(spaces.to_json()) == spaces
+    assert Spaces.from_json(spaces.relabel({1: 0}).to_json()) == spaces.relabel({1: 0})
     assert all(isinstance(norm, Norm) for norm in spaces.norms)
 
 

@@ -13,6 +13,7 @@ from tests.networks import NETWORKS, build, logits
 
 LLAMA = {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
 GPT2 = {"n_embd": 24, "n_head": 4, "n_inner": 20}
+GEMMA = {**LLAMA, "hidden_size": 16}  # transformers keeps the root of the width in float32, where 4 and 8 are exact
 WIDER = [
     ("llama", LLAMA, {"hidden_size": 48, "intermediate_size": 33}, False),
     ("llama", LLAMA, {"num_attention_heads": 8, "num_key_value_heads": 4}, False),
@@ -23,6 +24,10 @@ WIDER = [
     ("gpt2", GPT2, {"n_embd": 48, "n_head": 8, "n_inner": 50}, False),
     ("gpt2", GPT2, {"n_embd": 48, "n_head": 4}, False),
     ("gpt2", GPT2, {"n_embd": 48, "n_head": 6, "n_inner": 20}, True),
+    ("gemma2", GEMMA, {"hidden_size": 64, "num_attention_heads": 8}, False),
+    ("gemma3_text", GEMMA, {"hidden_size": 64, "intermediate_size": 40}, False),
+    ("gpt_neox", {"hidden_size": 24, "num_attention_heads": 4}, {"hidden_size": 48, "num_attention_heads": 8}, False),
+    ("bert", {"hidden_size": 24, "num_attention_heads": 4}, {"hidden_size": 48, "num_attention_heads": 8}, False),
 ]
 
 
@@ -103,8 +108,6 @@ def test_a_small_network_is_found_in_its_widened_and_scrambled_copy(case, match)
         torch.testing.assert_close(wide_outputs(carried), reference, rtol=1e-7, atol=1e-8)
         middle = {name: (target[name] + carried[name]) / 2 for name in target}
         torch.testing.assert_close(wide_outputs(middle), reference, rtol=1e-7, atol=1e-8)  # no barrier
-        if "num_attention_heads" in wider or "n_head" in wider:
-            return  # to fewer heads: those left over are dropped
         if "num_attention_heads" in wider or "n_head" in wider:
             return  # to fewer heads: those left over are dropped
         back = align(tensors, target, narrow_spaces, spaces, match=match).carry(target)
@@ -214,6 +217,46 @@ def test_a_gain_means_the_same_in_a_family_that_stores_it_otherwise():
     plain, target, _ = made("llama", {**LLAMA, "head_dim": 6}, seed=1)
     there = align(target, tensors, find_family(plain), find_family(config)).carry(tensors, into=target)
     back = align(tensors, target, find_family(config), find_family(plain)).carry(target, into=tensors)
-    name = "model.norm.weight"
+    name = "model.layers.0.input_layernorm.weight"
     assert float((there[name].sort().values - (tensors[name] + 1).abs().sort().values).abs().max()) < 1e-6
     assert float((back[name].sort().values - (target[name] - 1).sort().values).abs().max()) < 1e-6
+
+
+def test_embeddings_mean_the_same_in_a_family_that_multiplies_them():
+    """Gemma takes its embeddings times the root of its width, and its tied head reads them as they are."""
+    config, tensors, _ = made("gemma2", {**LLAMA, "head_dim": 6})
+    plain, target, _ = made("llama", {**LLAMA, "head_dim": 6}, seed=1)
+    root = 24**0.5
+
+    def same(one, two):  # but for places and signs
+        torch.testing.assert_close(one.abs().flatten().sort().values, two.abs().flatten().sort().values)
+
+    name, norm = "model.embed_tokens.weight", "model.norm.weight"
+    there = align(target, tensors, find_family(plain), find_family(config)).carry(tensors, into=target)
+    same(there[name], tensors[name] * root)
+    same(there["lm_head.weight"], tensors[name])
+    same(there[norm], tensors[norm] + 1)
+    back = align(tensors, target, find_family(config), find_family(plain)).carry(target, into=tensors)
+    same(back[name], target[name] / root)
+    same(back[norm] + 1, target[norm] * root)
+    again = align(tensors, there, find_family(config), find_family(plain)).carry(there, into=tensors)
+    same(again[name], tensors[name])
+
+
+def test_what_attention_divides_by_is_not_guessed():
+    """A widening whose queries and keys would meet other frequencies, or another root, is refused."""
+    config, tensors, _ = made("llama", LLAMA)
+    wide = {**made("llama", {**LLAMA, "intermediate_size": 40})[0]}
+    turned = {**wide, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    with pytest.raises(ValueError, match="'layers.0.qk': rotary embeddings turn at other frequencies"):
+        widen(find_family(config), find_family(turned))
+    config, tensors, _ = made("gemma2", {**LLAMA, "query_pre_attn_scalar": 6})
+    with pytest.raises(ValueError, match="query_pre_attn_scalar"):
+        widen(find_family(config), find_family({**config, "query_pre_attn_scalar": 12}))
+    part = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    config, tensors, _ = made("gpt_neox", {"hidden_size": 24, "num_attention_heads": 2, "rope_parameters": part})
+    less = {**config, "hidden_size": 48, "rope_parameters": {**part, "partial_rotary_factor": 0.25}}
+    spaces, wide = find_family(config), find_family(less)
+    with pytest.raises(ValueError, match="'layers.0.qk_rest': heads have 18 coordinates that do not turn .* and 6 in"):
+        widen(spaces, wide)
+    assert "18 coordinates" in compare(wide, spaces, False, False)["layers.0.qk"]
