@@ -51,3 +51,20 @@ class Part:
         if len(self.names) == 1:
             return self.view(tensors[self.names[0]].contiguous())
         return self.view(torch.stack([tensors[name] for name in self.names]))
+
+    def write(self, block: Tensor, out: dict[str, Tensor]) -> None:
+        """Puts the part, `axes` shaped, into the tensors that hold it."""
+        if len(self.names) == 1:
+            self.view(out[self.names[0]]).copy_(block)
+            return
+        assert not self.take, "a tensor of a stack is one part"
+        for name, piece in zip(self.names, block.unbind(0)):
+            out[name].copy_(piece.reshape(out[name].shape))
+
+    def stored(self, block: Tensor) -> tuple[int, ...]:
+        """The shape of one of its tensors; a length that the table leaves open comes from its part of a block."""
+        if -1 not in self.shape:
+            return self.shape
+        lead = 1 if len(self.names) > 1 else 0
+        known = block.shape[[axis.size for axis in self.axes].index(-1) - lead]
+        return tuple(known if size == -1 else size for size in self.shape)

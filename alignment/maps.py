@@ -111,8 +111,8 @@ class Maps:
             block = self._completed(target, part, block, into)
             for name, piece in zip(part.names, block.unbind(0) if len(part.names) > 1 else [block]):
                 if name not in out:
-                    out[name] = into[name].clone() if into is not None else piece.new_empty(_stored(part, piece))
-            write(part, block, out)
+                    out[name] = into[name].clone() if into is not None else piece.new_empty(part.stored(piece))
+            part.write(block, out)
         if lacking:
             raise ValueError(
                 f"the donor has no counterpart of {', '.join(lacking[:3])}; give the target's tensors as `into`"
@@ -264,25 +264,6 @@ def _counterpart(source: Spaces, part: Part) -> Part | None:
         if any(origin == embed.names[0] for _, origin in source.ties):
             return replace(embed, axes=part.axes, factor=1.0)  # the head reads what the embeddings write
     return found
-
-
-def _stored(part: Part, block: Tensor) -> tuple[int, ...]:
-    """The stored shape of one of a part's tensors; a length that only the donor's tensor knows comes from its block."""
-    if -1 not in part.shape:
-        return part.shape
-    lead = 1 if len(part.names) > 1 else 0
-    known = block.shape[[axis.size for axis in part.axes].index(-1) - lead]
-    return tuple(known if size == -1 else size for size in part.shape)
-
-
-def write(part: Part, block: Tensor, out: dict[str, Tensor]) -> None:
-    """A part into the tensors that hold it."""
-    if len(part.names) == 1:
-        part.view(out[part.names[0]]).copy_(block)
-        return
-    assert not part.take, "a tensor of a stack is one part"
-    for name, piece in zip(part.names, block.unbind(0)):
-        out[name].copy_(piece.reshape(out[name].shape))
 
 
 def _even_logits(target: Spaces, maps: Maps, out: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from alignment._acts import Index, Map, Matrix, Turn
 from alignment._balance import _power, blocks_of, pairs, unfold
 from alignment.families import find_family
-from alignment.maps import Maps, write
+from alignment.maps import Maps
 from alignment.match.procrustes import procrustes
 from alignment.spaces import Space, Spaces
 
@@ -61,7 +61,7 @@ def regroup(
             if out[name] is tensors[name]:
                 shape = [block.numel() if size == -1 else size for size in part.shape]
                 out[name] = tensors[name].new_empty(shape)
-        write(part, block, out)
+        part.write(block, out)
     return out, changed
 
 
