@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FLAGS = ("-O3", "-funroll-loops", "-ffp-contract=off", "-fPIC", "-shared")
+FLAGS = ("-O3", "-funroll-loops", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fPIC", "-shared")
 NATIVE = ("-march=native",)
 SOURCE = Path(__file__).with_name("_loops.c")
 ONE_BUILDS = threading.Lock()
-POINTER, COUNT = ctypes.c_void_p, ctypes.c_int64
+POINTER, COUNT, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "count_upper": (POINTER, COUNT, COUNT, POINTER, POINTER),
     "count_lower": (POINTER, COUNT, COUNT, POINTER, POINTER, COUNT, POINTER),
@@ -33,6 +33,8 @@ SIGNATURES = {
     "block_products": (POINTER, COUNT, COUNT, POINTER, POINTER, POINTER),
     "block_squares": (POINTER, COUNT, COUNT, POINTER, POINTER),
     "sample": (POINTER, COUNT, COUNT, POINTER, POINTER, COUNT, COUNT, POINTER, POINTER, POINTER),
+    "weigh": (POINTER, COUNT, COUNT, POINTER, POINTER, NUMBER, POINTER),
+    "agree": (POINTER, COUNT, COUNT, POINTER, POINTER, POINTER, POINTER, POINTER, NUMBER, POINTER, POINTER),
     "ranks": (POINTER, COUNT, COUNT, POINTER, POINTER),
 }
 

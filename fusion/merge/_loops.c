@@ -1,5 +1,5 @@
 /* The few loops that torch has no single fast operation for. Each has a twin in plain torch that gives the same bits
- * (_radix.py, _draw.py, _sums.py; of `sample` the same to rounding, _sampled.py; of `read_finite` Checkpoint.read);
+ * (_radix.py, _draw.py, _sums.py, _votes.py; of `sample` the same to rounding, _sampled.py; of `read_finite` Checkpoint.read);
  * _compiled.py builds this file with the machine's compiler.
  * No product is fused with a sum (-ffp-contract=off), since that would round differently. */
 
@@ -15,6 +15,7 @@
 #define LANES 512
 #define SIDE 16      /* lanes that are added side by side */
 #define PIECE 65536  /* read at a time, so that they stay in a core's cache */
+#define NEAR 1024     /* entries of several rows that stay in a core's nearest cache */
 #define GROUP 16     /* entries that are compared at once */
 
 /* the bits of |x|, which sort as the numbers do */
@@ -179,6 +180,78 @@ void sample(const float *x, int64_t k, int64_t n, const float *base, const float
         for (int64_t i = 0; i < (k + 2) * (k + 2); i++) gram[i] += sums[i];
         counts[0] += size;
         for (int64_t i = 0; i < size; i++) counts[1] += low[i] < 0 && high[i] > 0;
+    }
+}
+
+/* sum(w x) over k rows of length n; given an origin (n, else NULL), origin + scale * sum(w (x - origin)) */
+void weigh(const float *x, int64_t k, int64_t n, const float *origin, const float *weights, float scale, float *out) {
+    for (int64_t at = 0; at < n; at += NEAR) {
+        int64_t size = n - at < NEAR ? n - at : NEAR;
+        float sum[NEAR] = {0};
+        for (int64_t row = 0; row < k; row++) {
+            const float *from = x + row * n + at, w = weights[row];
+            if (origin)
+                for (int64_t i = 0; i < size; i++) sum[i] += (from[i] - origin[at + i]) * w;
+            else
+                for (int64_t i = 0; i < size; i++) sum[i] += from[i] * w;
+        }
+        if (origin)
+            for (int64_t i = 0; i < size; i++) out[at + i] = sum[i] * scale + origin[at + i];
+        else
+            memcpy(out + at, sum, size * sizeof *out);
+    }
+}
+
+/* one row less the origin, with 0 where its magnitude is below `least` */
+static void shrunk(const float *from, const float *origin, float least, int64_t size, float *d) {
+    uint32_t bound = magnitude(least), bits;
+    if (origin)
+        for (int64_t i = 0; i < size; i++) d[i] = from[i] - origin[i];
+    else
+        memcpy(d, from, size * sizeof *d);
+    if (bound)
+        for (int64_t i = 0; i < size; i++) {
+            memcpy(&bits, d + i, sizeof bits);
+            bits = (bits & SIGNLESS) >= bound ? bits : 0;
+            memcpy(d + i, &bits, sizeof bits);
+        }
+}
+
+/* (n,) what `agreed` in _votes.py says; `votes` weigh the election, `shares` what is summed, `divisors` (or NULL) what it
+ * is divided by; `kept` counts the entries of each row that are not zero */
+void agree(const float *x, int64_t k, int64_t n, const float *origin, const float *least, const float *votes,
+           const float *divisors, const float *shares, float even, float *out, int64_t *kept) {
+    for (int64_t at = 0; at < n; at += NEAR) {
+        int64_t size = n - at < NEAR ? n - at : NEAR;
+        const float *below = origin ? origin + at : NULL;
+        float d[NEAR], sign[NEAR] = {0}, sum[NEAR] = {0}, divisor[NEAR] = {0};
+        for (int64_t row = 0; row < k; row++) {
+            float vote = votes[row];
+            int32_t count = 0;
+            shrunk(x + row * n + at, below, least ? least[row] : 0, size, d);
+            for (int64_t i = 0; i < size; i++) sign[i] += d[i] * vote;
+            for (int64_t i = 0; i < size; i++) count += d[i] != 0;
+            kept[row] += count;
+        }
+        for (int64_t i = 0; i < size; i++)
+            sign[i] = (sign[i] > 0 ? 1.0f : 0.0f) - (sign[i] < 0 ? 1.0f : 0.0f) + (sign[i] == 0 ? even : 0.0f);
+        for (int64_t row = 0; row < k; row++) {
+            float own = votes[row] < 0 ? -1 : 1, divides = divisors ? divisors[row] : 0, share = shares[row];
+            if (votes[row] == 0) continue;
+            shrunk(x + row * n + at, below, least ? least[row] : 0, size, d);
+            for (int64_t i = 0; i < size; i++) d[i] *= sign[i] * own; /* above 0 where the signs agree */
+            for (int64_t i = 0; i < size; i++) d[i] = d[i] > 0 ? d[i] : 0.0f;
+            for (int64_t i = 0; i < size; i++) sum[i] += d[i] * share;
+            if (divisors)
+                for (int64_t i = 0; i < size; i++) divisor[i] += d[i] > 0 ? divides : 0.0f;
+        }
+        for (int64_t i = 0; i < size; i++) sum[i] *= sign[i];
+        if (divisors)
+            for (int64_t i = 0; i < size; i++) {
+                float part = sum[i] / divisor[i];
+                sum[i] = part - part == 0 ? part : 0.0f;
+            }
+        memcpy(out + at, sum, size * sizeof *out);
     }
 }
 

@@ -1,4 +1,4 @@
-"""What merge methods share: statistics that add up, task vectors, parameters per model, the election of signs."""
+"""What merge methods share: statistics that add up, task vectors, parameters per model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from fusion.merge._radix import (
     threshold,
 )
 from fusion.merge._sums import BLOCK, gram, row_total, squares, total, tree
+from fusion.merge._votes import agreed, agreeing, elect, summed, trimmed, weighted
 
 __all__ = [
     "BLOCK",
@@ -31,6 +32,7 @@ __all__ = [
     "Reading",
     "Running",
     "Sum",
+    "agreed",
     "agreeing",
     "bucket",
     "choice",
@@ -61,6 +63,7 @@ __all__ = [
     "trimmed",
     "upper",
     "values",
+    "weighted",
 ]
 
 EMBEDDINGS = ("emb", "wte", "wpe", "word_emb", "patch_emb")
@@ -177,16 +180,6 @@ def lower(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor]) -> dict
     return {"low": Sum(low_counts(tensors, stats["bucket"], base))}
 
 
-def summed(deltas: Tensor, weights: Tensor, consensus: str) -> Tensor:  # (K, n), (K,)
-    """(n,) sum(w d); with consensus "ties" over the entries whose w d has the sign of that sum."""
-    if consensus == "ties":
-        return agreeing(deltas, weights)
-    out = deltas[0] * weights[0]
-    for d, w in zip(deltas[1:], weights[1:].tolist(), strict=True):
-        out.add_(d, alpha=w)
-    return out
-
-
 def rescaling(how: str, densities: Tensor, stats: Mapping[str, Tensor]) -> Tensor:  # (K,)
     """(K,) float32 what is left of a thinned task vector is multiplied by: 1 / density, the share of |d| lost, or 1.
 
@@ -196,12 +189,6 @@ def rescaling(how: str, densities: Tensor, stats: Mapping[str, Tensor]) -> Tenso
         return torch.ones(len(densities))
     whole, left = stats["sums"].cpu().T if how == "l1" else (torch.ones(len(densities)), densities)
     return torch.where(left > 0, whole / torch.where(left > 0, left, 1.0), 1.0).float()
-
-
-def trimmed(x: Tensor, least: float, out: Tensor | None = None) -> Tensor:  # (n,)
-    """(n,) x with 0 for every |x| < least, which is a float32; `out` may be x."""
-    # hardshrink keeps |x| > its argument: the float32 before `least`; masks would take ten times as long
-    return torch.hardshrink(x, float(torch.tensor(least).nextafter(torch.tensor(-math.inf))), out=out)
 
 
 def scaled(base: Tensor, vector: Tensor, scale: float) -> Tensor:  # (n,), (n,) which it may overwrite
@@ -248,50 +235,3 @@ def choice(word: str, parameter: str, given: str, allowed: Sequence[str]) -> Non
 def is_embedding(name: str) -> bool:
     """Whether a part of the dotted name begins as those of embeddings do; GPT-NeoX calls its head embed_out."""
     return any(part.startswith(EMBEDDINGS) and part != "embed_out" for part in name.split("."))
-
-
-def elect(deltas: Tensor, weights: Tensor, how: str = "weighted") -> Tensor:  # (K, n), (K,)
-    """(n,) float32 elected sign: of sum(w d), of sum(d), or of the count of plus less the count of minus.
-
-    Sums that cancel to exactly zero elect nobody (0). As many plus as minus elect plus, PEFT's rule; where no model
-    has an entry, nobody.
-    """
-    if how == "count":
-        ballots, voters = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-        for d in deltas:
-            sign = d.sign()
-            ballots.add_(sign)
-            voters.add_(sign.abs_())
-        return ballots.add_(0.5).sign_().mul_(voters.sign_())
-    votes = deltas[0] * weights[0] if how == "weighted" else deltas[0].clone()
-    for d, w in zip(deltas[1:], weights[1:].tolist(), strict=True):
-        votes.add_(d, alpha=w if how == "weighted" else 1.0)
-    return votes.sign_()
-
-
-def agreeing(
-    deltas: Tensor,  # (K, n)
-    weights: Tensor,  # (K,)
-    how: str = "weighted",
-    divide: str = "",
-) -> Tensor:
-    """(n,) sum(w d) over the entries with the elected sign, divided by their sum(w) (`weight`) or number (`count`).
-
-    An entry's own sign is that of w d where the election weighs, of d where it does not. Nothing is divided by 0: where
-    the weights of those that agree cancel, the result is 0.
-    """
-    sign = elect(deltas, weights, how)
-    summed, divisor, part = torch.zeros_like(sign), torch.zeros_like(sign), torch.empty_like(sign)
-    for d, w in zip(deltas, weights.tolist(), strict=True):
-        torch.mul(d, sign, out=part)  # above 0 where d has the elected sign
-        if how == "weighted" and w < 0:
-            part.neg_()
-        elif how == "weighted" and w == 0:
-            continue
-        if divide:
-            divisor.add_(part.sign().clamp_(min=0), alpha=w if divide == "weight" else 1.0)
-        summed.add_(part.clamp_(min=0), alpha=abs(w) if how == "weighted" else w)
-    summed.mul_(sign)
-    if divide:
-        summed.div_(divisor).nan_to_num_(0.0, 0.0, 0.0)  # masks would take ten times as long
-    return summed

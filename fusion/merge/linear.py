@@ -1,7 +1,8 @@
 """Weighted average of the models ("model soup", Wortsman et al. 2022, arXiv:2203.05482)."""
 
-import torch
 from torch import Tensor
+
+from fusion.merge._x import weighted
 
 NEUTRAL = {"normalize": True}
 
@@ -23,7 +24,4 @@ def linear(tensors: Tensor, weights: Tensor, *, normalize: bool = True) -> Tenso
                 f"or normalize: false"
             )
         weights = (weights.double() / whole).float()
-    out = torch.mul(tensors[0], weights[0])
-    for tensor, weight in zip(tensors[1:], weights[1:].tolist(), strict=True):
-        out.add_(tensor, alpha=weight)
-    return out
+    return weighted(tensors, weights)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fusion.merge._x import Reading, Sum, gram
+from fusion.merge._x import Reading, Sum, gram, weighted
 
 NEUTRAL: dict[str, float] = {}
 
@@ -34,8 +34,4 @@ def model_stock(tensors: Tensor, base: Tensor, *, stats: Mapping[str, Tensor], n
     |d_i| |d_j| is at least `norm_floor`; a zero task vector has cosine 0. One model comes out as itself. A negative c
     steps away from the models, as the formula says; at c = -1 / (K - 1) the task vectors cancel and the base comes out.
     """
-    share = float(stats["share"]) / len(tensors)
-    out, part = base.clone(), torch.empty_like(base)
-    for tensor in tensors:
-        out.add_(torch.sub(tensor, base, out=part), alpha=share)
-    return out
+    return weighted(tensors, (stats["share"] / len(tensors)).expand(len(tensors)), base)

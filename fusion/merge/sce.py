@@ -68,19 +68,12 @@ def sce(
     not selected stays at the base, and the w_t are equal where the mean squares sum to less than 1e-6.
     Raises ValueError for a select_topk outside 0..1.
     """
-    d = _x.deltas(tensors, base)
-    selected = _selected(d, stats["least"]) if "least" in stats else None
-    sign = _added(d).ge_(0).mul_(2).sub_(1)
-    top, bottom = torch.zeros_like(base), torch.zeros_like(base)
-    for share, one in zip(stats["shares"].tolist(), d, strict=True):
-        size = one.mul_(sign).clamp_(min=0)  # of the entries that agree
-        top.add_(size, alpha=share)
-        bottom.add_(size.sign_(), alpha=share)
-    tau = top.mul_(sign).div_(bottom.masked_fill_(bottom == 0, 1.0))
+    selected = _selected(_x.deltas(tensors, base), stats["least"]) if "least" in stats else None
+    tau, _ = _x.agreed(tensors, stats["shares"], "unweighted", "weight", origin=base, even=1.0)
     if selected is not None and variant == "mergekit":
         tau.mul_(selected)
     kept = torch.tensor(len(base)) if selected is None else torch.count_nonzero(selected)
-    return Outputs(tau.add_(base), {"kept": Sum(kept.repeat(len(d)))})
+    return Outputs(tau.add_(base), {"kept": Sum(kept.repeat(len(tensors)))})
 
 
 def _variance(d: Tensor) -> Tensor:  # (K, n)

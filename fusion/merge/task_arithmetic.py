@@ -1,9 +1,8 @@
 """Task arithmetic: the base plus a weighted sum of task vectors (Ilharco et al. 2022, arXiv:2212.04089)."""
 
-import torch
 from torch import Tensor
 
-from fusion.merge import _x
+from fusion.merge._x import weighted
 
 NEUTRAL = {"scale": 1.0}
 
@@ -16,7 +15,4 @@ def task_arithmetic(
     scale: float = 1.0,
 ) -> Tensor:
     """(n,) base + scale * sum w (t - base); weights are not divided by their sum, and a negative one forgets a task."""
-    vector, part = torch.zeros_like(base), torch.empty_like(base)
-    for tensor, weight in zip(tensors, weights.tolist(), strict=True):
-        vector.add_(torch.sub(tensor, base, out=part), alpha=weight)
-    return _x.scaled(base, vector, scale)
+    return weighted(tensors, weights, base, scale)

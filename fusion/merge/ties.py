@@ -75,9 +75,7 @@ def ties(
     """
     if combine == "sum" and normalize:
         raise ValueError("ties: combine is 'sum' and normalize is true: a sum is not divided; leave one of them out")
-    d = _x.deltas(tensors, base)
-    for row, least in zip(d, stats["threshold"].tolist() if stats else ()):
-        _x.trimmed(row, least, out=row)
     divide = "" if combine == "sum" else "count" if normalize is False else "weight"
-    tau = _x.agreeing(d, weights, elect, divide)
-    return Outputs(_x.scaled(base, tau, scale), {"kept": Sum(_x.nonzeros(d))})
+    least = stats["threshold"] if stats else None
+    tau, kept = _x.agreed(tensors, weights, elect, divide, origin=base, least=least)
+    return Outputs(_x.scaled(base, tau, scale), {"kept": Sum(kept)})
