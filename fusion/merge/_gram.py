@@ -15,8 +15,10 @@ TINY = 1e-8  # radians, and lengths of sums of unit vectors: below it a directio
 
 def frame(tensors: Tensor, base: Tensor | None) -> Tensor:  # (K, n), (n,)
     """(K, n): the first model (its task vector, given a base) and the others' differences to it."""
-    first = tensors[:1] if base is None else tensors[:1] - base
-    return torch.cat([first, tensors[1:] - tensors[:1]])
+    out = torch.empty_like(tensors)
+    torch.sub(tensors[1:], tensors[:1], out=out[1:])
+    out[0] = tensors[0] if base is None else tensors[0] - base
+    return out
 
 
 def frame_gram(tensors: Tensor, base: Tensor | None) -> dict[str, Reading]:

@@ -13,6 +13,7 @@
 #define LOW 65536    /* lower 16 bits */
 #define BLOCK 4096   /* as in _sums.py */
 #define LANES 512
+#define STEPS 8       /* entries of a block in each lane */
 #define SIDE 16      /* lanes that are added side by side */
 #define PIECE 65536  /* read at a time, so that they stay in a core's cache */
 #define NEAR 1024     /* entries of several rows that stay in a core's nearest cache */
@@ -89,15 +90,14 @@ void uniform(uint64_t key, uint64_t start, float *out, int64_t n) {
     }
 }
 
-/* Block number `block` of a row of length n, less `origin` (n, or NULL), in double precision, filled with zeros: SIDE
- * lanes with all their entries, then the next SIDE, so that a product keeps its sums in registers. */
-static void widened(const float *row, int64_t n, const float *origin, int64_t block, double *wide) {
-    float d[BLOCK] = {0};
+/* Block number `block` of a row of length n, less `origin` (n, or NULL), filled with zeros */
+static void cut(const float *row, int64_t n, const float *origin, int64_t block, float *d) {
     int64_t start = block * BLOCK, size = n - start < BLOCK ? n - start : BLOCK;
-    for (int64_t i = 0; i < size; i++) d[i] = origin ? row[start + i] - origin[start + i] : row[start + i];
-    for (int64_t lane = 0; lane < LANES; lane += SIDE)
-        for (int64_t at = lane; at < BLOCK; at += LANES, wide += SIDE)
-            for (int64_t i = 0; i < SIDE; i++) wide[i] = d[at + i];
+    if (origin)
+        for (int64_t i = 0; i < size; i++) d[i] = row[start + i] - origin[start + i];
+    else
+        memcpy(d, row + start, size * sizeof *d);
+    memset(d + size, 0, (BLOCK - size) * sizeof *d);
 }
 
 static double folded(double *lanes) {
@@ -106,51 +106,58 @@ static double folded(double *lanes) {
     return lanes[0];
 }
 
-/* the sum of a[i] b[i] over a widened block: 512 lanes that each add their 8 entries in order, folded in halves */
-static double block_product(const double *a, const double *b) {
-    double lanes[LANES];
+/* (rows, rows) inner products over a block d (rows, BLOCK): 512 lanes that each add their 8 products in order, folded in
+ * halves. SIDE lanes of all rows at a time, so that sums stay in registers and what they are made of in the nearest
+ * cache; `scratch` has room for (rows, SIDE * 8) and (rows, rows, LANES). */
+static void products(const float *d, int64_t rows, double *scratch, double *out) {
+    double *wide = scratch, *lanes = scratch + rows * SIDE * STEPS;
     for (int lane = 0; lane < LANES; lane += SIDE) {
-        double sums[SIDE] = {0};
-        for (int step = 0; step < BLOCK / LANES; step++, a += SIDE, b += SIDE)
-            for (int i = 0; i < SIDE; i++) sums[i] += a[i] * b[i];
-        memcpy(lanes + lane, sums, sizeof sums);
+        for (int64_t row = 0; row < rows; row++)
+            for (int step = 0; step < STEPS; step++)
+                for (int i = 0; i < SIDE; i++)
+                    wide[(row * STEPS + step) * SIDE + i] = d[row * BLOCK + step * LANES + lane + i];
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j <= i; j++) {
+                const double *a = wide + i * STEPS * SIDE, *b = wide + j * STEPS * SIDE;
+                double sums[SIDE] = {0};
+                for (int step = 0; step < STEPS; step++, a += SIDE, b += SIDE)
+                    for (int l = 0; l < SIDE; l++) sums[l] += a[l] * b[l];
+                memcpy(lanes + (i * rows + j) * LANES + lane, sums, sizeof sums);
+            }
     }
-    return folded(lanes);
-}
-
-/* (rows, rows) inner products over a block */
-static void products(const double *wide, int64_t rows, double *out) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j <= i; j++)
-            out[i * rows + j] = out[j * rows + i] = block_product(wide + i * BLOCK, wide + j * BLOCK);
+            out[i * rows + j] = out[j * rows + i] = folded(lanes + (i * rows + j) * LANES);
 }
 
-/* (blocks, rows, rows) inner products of rows of length n, less `origin`, block by block; `wide` has room for (rows,
- * BLOCK) */
-void block_products(const float *x, int64_t rows, int64_t n, const float *origin, double *wide, double *out) {
+/* (blocks, rows, rows) inner products of rows of length n, less `origin`, block by block; `d` has room for (rows, BLOCK),
+ * `scratch` for what `products` needs */
+void block_products(const float *x, int64_t rows, int64_t n, const float *origin, float *d, double *scratch,
+                    double *out) {
     for (int64_t block = 0; block * BLOCK < n; block++) {
-        for (int64_t row = 0; row < rows; row++) widened(x + row * n, n, origin, block, wide + row * BLOCK);
-        products(wide, rows, out + block * rows * rows);
+        for (int64_t row = 0; row < rows; row++) cut(x + row * n, n, origin, block, d + row * BLOCK);
+        products(d, rows, scratch, out + block * rows * rows);
     }
 }
 
 /* (blocks, rows) sums of the squares of rows of length n, less `origin`, block by block */
 void block_squares(const float *x, int64_t rows, int64_t n, const float *origin, double *out) {
-    double wide[BLOCK];
+    float d[BLOCK];
+    double scratch[SIDE * STEPS + LANES];
     for (int64_t block = 0; block * BLOCK < n; block++)
         for (int64_t row = 0; row < rows; row++) {
-            widened(x + row * n, n, origin, block, wide);
-            out[block * rows + row] = block_product(wide, wide);
+            cut(x + row * n, n, origin, block, d);
+            products(d, 1, scratch, out + block * rows + row);
         }
 }
 
 /* Of the entries [0, n) of k models and of what was made of them, those of every `every`-th block of the tensor, in which
  * they begin at `start`: how many they are and how many have both signs among the models (counts), and (k + 2, k + 2)
  * inner products of models and result, less the origin, and of the origin: `base`, or the models' mean where it is NULL.
- * `wide` has room for (k + 2, BLOCK) and (k + 2, k + 2). */
+ * `rows` has room for (k + 2, BLOCK), `scratch` for what `products` needs and (k + 2, k + 2). */
 void sample(const float *x, int64_t k, int64_t n, const float *base, const float *out, int64_t start, int64_t every,
-            double *wide, double *gram, int64_t *counts) {
-    double *sums = wide + (k + 2) * BLOCK;
+            float *rows, double *scratch, double *gram, int64_t *counts) {
+    double *sums = scratch + (k + 2) * SIDE * STEPS + (k + 2) * (k + 2) * LANES;
     for (int64_t at = 0, size; at < n; at += size) {
         int64_t place = (start + at) % (every * BLOCK), left = n - at;
         if (place >= BLOCK) {
@@ -169,14 +176,14 @@ void sample(const float *x, int64_t k, int64_t n, const float *base, const float
             const float *from = row < k ? x + row * n + at : out + at;
             float d[BLOCK];
             for (int64_t i = 0; i < size; i++) d[i] = row > k ? origin[i] : from[i] - origin[i];
-            widened(d, size, NULL, 0, wide + row * BLOCK);
+            cut(d, size, NULL, 0, rows + row * BLOCK);
             if (row < k)
                 for (int64_t i = 0; i < size; i++) {
                     low[i] = d[i] < low[i] ? d[i] : low[i];
                     high[i] = d[i] > high[i] ? d[i] : high[i];
                 }
         }
-        products(wide, k + 2, sums);
+        products(rows, k + 2, scratch, sums);
         for (int64_t i = 0; i < (k + 2) * (k + 2); i++) gram[i] += sums[i];
         counts[0] += size;
         for (int64_t i = 0; i < size; i++) counts[1] += low[i] < 0 && high[i] > 0;

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fusion.merge._compiled import address, loops
-from fusion.merge._sums import BLOCK, gram
+from fusion.merge._sums import BLOCK, gram, workspace
 
 EVERY = 16
 
@@ -22,10 +22,10 @@ def sampled(
     if (compiled := loops(tensors)) is None:
         return _by_torch(tensors, base, out, start)
     tensors, out, base = tensors.contiguous(), out.contiguous(), None if base is None else base.contiguous()
-    scratch = torch.empty((k + 2) * (BLOCK + k + 2), dtype=torch.float64)
+    rows, scratch = workspace(k + 2)
     products, counts = torch.zeros(k + 2, k + 2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
     given = tensors.data_ptr(), k, n, address(base), out.data_ptr(), start, EVERY
-    compiled.sample(*given, scratch.data_ptr(), products.data_ptr(), counts.data_ptr())
+    compiled.sample(*given, *(one.data_ptr() for one in (rows, scratch, products, counts)))
     return products, counts
 
 

@@ -67,9 +67,10 @@ def gram(vectors: Tensor, origin: Tensor | None = None) -> Tensor:  # (m, n) flo
     if n == 0:
         return vectors.new_zeros((m, m), dtype=torch.float64)
     if (compiled := loops(vectors)) is not None:
-        vectors, wide = vectors.contiguous(), vectors.new_empty(m, BLOCK, dtype=torch.float64)
+        vectors, (rows, scratch) = vectors.contiguous(), workspace(m)
         products = torch.empty(-(-n // BLOCK), m, m, dtype=torch.float64)
-        compiled.block_products(vectors.data_ptr(), m, n, address(origin), wide.data_ptr(), products.data_ptr())
+        given = [one.data_ptr() for one in (rows, scratch, products)]
+        compiled.block_products(vectors.data_ptr(), m, n, address(origin), *given)
         return tree(products)
     parts, vectors = [], vectors if origin is None else vectors - origin
     for steps in _pieces(vectors):
@@ -81,6 +82,11 @@ def gram(vectors: Tensor, origin: Tensor | None = None) -> Tensor:  # (m, n) flo
             out[i, : i + 1] = out[: i + 1, i] = _folded(lanes)
         parts.append(out.movedim(-1, 0))
     return tree(torch.cat(parts))
+
+
+def workspace(m: int) -> tuple[Tensor, Tensor]:
+    """Room for what the compiled products of m rows keep: a block of each, and its products lane by lane."""
+    return torch.empty(m, BLOCK), torch.empty(m * 128 + m * m * (LANES + 1), dtype=torch.float64)
 
 
 def squares(vectors: Tensor, origin: Tensor | None = None) -> Tensor:  # (m, n) float32, (n,)
