@@ -40,8 +40,12 @@ def estimate(plan: Plan) -> list[Need]:
 
 def refuse_full_disk(plan: Plan, steps: list[Planned]) -> None:
     """ValueError when the steps that are left would not fit where they are to be written."""
-    needs = [_need(planned, plan) for planned in steps]
-    needed = sum(need.disk or 0 for need in needs) + max((need.meanwhile for need in needs), default=0)
+    needed = meanwhile = 0.0
+    for planned in steps:
+        need, held = _need(planned, plan), _held(planned)
+        needed += max(0.0, (need.disk or 0) - held)
+        meanwhile = max(meanwhile, need.meanwhile - max(0.0, held - (need.disk or 0)))
+    needed += meanwhile
     folder = next(parent for parent in [plan.folder.absolute(), *plan.folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -49,6 +53,12 @@ def refuse_full_disk(plan: Plan, steps: list[Planned]) -> None:
             f"{plan.recipe.path}: {len(steps)} steps will write about {size(needed)}, but {folder} has {size(free)} "
             "free; make room or give another --out"
         )
+
+
+def _held(planned: Planned) -> int:
+    """Bytes of disk that an earlier run of a step has taken already: it continues there."""
+    partial = planned.directory.with_name(f"{planned.directory.name}.partial")
+    return sum(file.stat().st_blocks * 512 for file in partial.rglob("*") if file.is_file())
 
 
 def machine() -> str:
@@ -135,6 +145,8 @@ def _need(planned: Planned, plan: Plan) -> Need:
         saves = (planned.fields.get("train") or {}).get("save_strategy") != "no"
         memory = _plus(_times(largest, TRAINING), BASE)
         return Need(_times(largest, 4), 12 * (largest or 0) * saves, memory, _seconds(6, largest, tokens))
+    if planned.step.verb == "align":
+        return _align_need(planned, largest)
     if planned.output == "model":
         return Need(_times(largest, 4), 0, _plus(_times(largest, 4), BASE), None)
     everyone = sum(one for one in sizes if one is not None) if sizes and None not in sizes else None
@@ -165,6 +177,15 @@ def _joined_need(planned: Planned, largest: float | None) -> Need:
     kept = count if planned.fields.get("heads") == "keep" else 1
     seconds = _seconds(2 * RUNS[planned.step.verb] * count, largest, tokens)
     return Need(_times(largest, 4 * kept), 0, _plus(_times(largest, 8 * (count + 1)), BASE), seconds)
+
+
+def _align_need(planned: Planned, largest: float | None) -> Need:
+    """Both networks as stored, folded and balanced; for activations both as modules, and sums over pairs of units."""
+    fields = {parameter.name: parameter.default for parameter in planned.word.parameters} | planned.fields
+    if words.parse("features", fields["features"], planned.step.place)[0] == "weights":
+        return Need(_times(largest, 4), 0, _plus(_times(largest, 24), BASE), None)
+    sums = min(12 * (largest or 0), bytes_of(fields["memory"]))  # about three pairs for two parameters
+    return Need(_times(largest, 4), 0, _plus(_times(largest, 32), BASE + sums), None)
 
 
 def _stored(planned: Planned, plan: Plan) -> float:

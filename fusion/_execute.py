@@ -13,7 +13,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,9 +41,10 @@ def execute(planned: Planned, plan: Plan, machine: Machine, ranks: Ranks, tell: 
         begun = partial / f"begun-{ranks.session}"
         ranks.wait(lambda: begun.exists() or sealed.exists(), f"rank 0 to begin {planned.name}")
         if not sealed.exists():
-            _call(planned, plan, partial, machine, ranks)
-            (partial / f"ended-{ranks.session}-{ranks.rank}").touch()
-            ranks.wait(sealed.exists, f"rank 0 to finish {planned.name}")
+            with ExitStack() as after:
+                _call(planned, plan, partial, machine, ranks, after)
+                (partial / f"ended-{ranks.session}-{ranks.rank}").touch()
+                ranks.wait(sealed.exists, f"rank 0 to finish {planned.name}")
         return
     if sealed.exists():
         check_whole(final)
@@ -66,16 +67,17 @@ def execute(planned: Planned, plan: Plan, machine: Machine, ranks: Ranks, tell: 
                 refuse_own_code(planned.step.place, name, config_of(here[name]))
         (partial / f"begun-{ranks.session}").touch()
         start = time.monotonic()
-        _call(planned, plan, partial, machine, ranks)
-        ended = [partial / f"ended-{ranks.session}-{rank}" for rank in range(1, ranks.world)]
-        # a slow rank with nothing to do may still look into the directory, which is about to change its name
-        ranks.wait(lambda: all(one.exists() for one in ended), f"the other ranks to finish {planned.name}")
-        ranks.check(planned.name)
-        _seal(planned, final, partial, time.monotonic() - start)
+        with ExitStack() as after:
+            _call(planned, plan, partial, machine, ranks, after)
+            ended = [partial / f"ended-{ranks.session}-{rank}" for rank in range(1, ranks.world)]
+            # a slow rank with nothing to do may still look into the directory, which is about to change its name
+            ranks.wait(lambda: all(one.exists() for one in ended), f"the other ranks to finish {planned.name}")
+            ranks.check(planned.name)
+            _seal(planned, final, partial, time.monotonic() - start)
         tell(f"{planned.name}: done in {duration(time.monotonic() - start)}")
 
 
-def _call(planned: Planned, plan: Plan, directory: Path, machine: Machine, ranks: Ranks) -> None:
+def _call(planned: Planned, plan: Plan, directory: Path, machine: Machine, ranks: Ranks, after: ExitStack) -> None:
     """The step's function, on this rank."""
     recipe = plan.recipe
     given = arguments(planned, machine)
@@ -92,6 +94,7 @@ def _call(planned: Planned, plan: Plan, directory: Path, machine: Machine, ranks
         outputs={name: plan[name].directory.resolve() for name in planned.inputs},
         cache=_keys.cache_directory(),
         ranks=ranks if ranks.world > 1 else None,
+        after=after,
     )
     try:
         words.load("steps", planned.step.verb)(job, **given)

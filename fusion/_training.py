@@ -31,6 +31,7 @@ from fusion._ranks import Terminated
 from fusion._sigterm import SaveAndStop, listening
 from fusion.data import encode
 from fusion.join import Join
+from fusion.online.groups import MergeGroupsCallback
 from fusion.sources import load_model, load_tokenizer
 from fusion.trainers import DistillTrainer, Objective, learn_in_forward
 from fusion.windows import Collator, windows
@@ -244,9 +245,12 @@ def fit(job: "Job", trainer: Trainer, tokens_per_step: float, language: bool = T
         stop = SaveAndStop()
         for callback in (journal, Saved(), stop):
             trainer.add_callback(callback)
-        with listening(stop):
-            result = trainer.train(resume_from_checkpoint=checkpoint)
-            trainer.accelerator.wait_for_everyone()  # the first rank to leave ends the others, which may still save
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, MergeGroupsCallback):
+                callback.trainer = trainer
+        job.after.enter_context(listening(stop, job.name))  # till the step is done: what its last step made is saved
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.accelerator.wait_for_everyone()  # the first rank to leave ends the others, which may still save
     if stop.stopped:
         raise Terminated(f"{job.name}: SIGTERM, saved at step {trainer.state.global_step}; the same command continues")
     if job.rank == 0:

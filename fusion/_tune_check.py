@@ -117,11 +117,20 @@ def _merge_with(view: View, given: Mapping[str, Any]) -> None:
     own = [field.name for field in fields(MergeWith) if field.name != "based"]
     known = ["model", "base", *own]
     for name in given:
+        if name in ("align", "maps"):
+            raise ValueError(
+                f"{place}: inside a job units keep their order; rounds of tune, align and merge put them in "
+                f"one, as in recipes/papers/dimat.yaml"
+            )
         if name not in known:
             raise ValueError(f"{place}: there is no parameter '{name}'{nearest(name, known)}")
-    for name, what in (("model", "the model to merge with"), ("every", "the number of steps between two merges")):
+    groups = given.get("groups") is not None
+    needed = [("every", "the number of steps between two merges")]
+    for name, what in needed if groups else [("model", "the model to merge with, or groups"), *needed]:
         if given.get(name) is None:
             raise ValueError(f"{place}: it needs {name}, {what}")
+    if groups:
+        _groups(view, given, place)
     if view.fields["peft"]:
         raise ValueError(f"{place}: it merges whole weights, and peft trains an adapter; leave one of the two out")
     window = (view.fields["online_merge"] or {}).get("every", 1)
@@ -135,7 +144,21 @@ def _merge_with(view: View, given: Mapping[str, Any]) -> None:
             f"{place}.every: {merge.every} is no multiple of online_merge.every ({window}), and a merge inside its "
             f"window would count as the optimizer's own step; allowed are {window}, {2 * window}, ..."
         )
-    _shapes(view, given["model"], view.fields["model"], place)
+    if not groups:
+        _shapes(view, given["model"], view.fields["model"], place)
+
+
+def _groups(view: View, given: Mapping[str, Any], place: str) -> None:
+    if given.get("model") is not None:
+        raise ValueError(f"{place}: groups meet each other, and a model is one to meet; leave one of the two out")
+    if view.fields["online_merge"] is not None:
+        raise ValueError(
+            f"{place}: groups train apart, and online_merge adds up over all ranks; leave one of the two out"
+        )
+    if view.fields["algorithm"] in COLUMNS:
+        raise ValueError(
+            f"{place}: {view.fields['algorithm']} looks at the rows of all ranks; groups train apart by clm or sft"
+        )
 
 
 def _shapes(view: View, base: str, reference: str, place: str) -> None:

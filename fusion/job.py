@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +39,7 @@ class Job:
     outputs: Mapping[str, Path] = field(default_factory=dict)  # earlier steps' directories
     cache: Path = field(default_factory=cache_directory)
     ranks: "Ranks | None" = None
+    after: ExitStack = field(default_factory=ExitStack)  # what lasts until the step's directory is sealed
 
     def model(self, name: str) -> Path:
         """The directory (config.json, *.safetensors, tokenizer.json) of a recipe's model or of an earlier output."""

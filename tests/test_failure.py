@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from fusion import _training, run
+from fusion import _execute, _training, run
 from fusion._sigterm import SaveAndStop, listening
 from tests.processes import ROOT, environments
 
@@ -115,6 +116,68 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(
     assert run.main(call) == 0
     log = lines(tmp_path / "runs/r/tuned/log.jsonl")
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+IN_STEP = """
+import os, signal, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from fusion import run
+
+seen = []
+
+def end(*_):
+    seen.append(1)
+    if len(seen) == 3 and os.environ.get("RANK") != "0":  # alone, or the second rank
+        os.kill(os.getpid(), signal.SIGTERM)
+
+register_optimizer_step_post_hook(end)
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_sigterm_in_the_last_step_ends_the_run_when_the_step_is_done(tmp_path: Path) -> None:
+    tune = RECIPE["steps"][0]["tune"] | {"train": TRAIN | {"max_steps": 3, "save_strategy": "no"}}
+    (tmp_path / "r.yaml").write_text(json.dumps(RECIPE | {"steps": [{"tune": tune}, {"tune": tune | {"out": "more"}}]}))
+    call = [sys.executable, "-c", IN_STEP, str(tmp_path / "r.yaml"), "--out", str(tmp_path / "runs")]
+    done = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143
+    assert done.stderr.splitlines()[-1] == "fusion: tuned: SIGTERM, it is done; the same command continues"
+    assert {file.name.split("-")[0] for file in (tmp_path / "runs/r").glob("[a-z]*-*")} == {"tuned"}
+    _execute.check_whole(tmp_path / "runs/r/tuned")
+    log = lines(tmp_path / "runs/r/tuned/log.jsonl")
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_ranks_in_the_last_step_ends_both_when_it_is_done(tmp_path: Path) -> None:
+    tune = RECIPE["steps"][0]["tune"] | {"train": TRAIN | {"max_steps": 3, "save_strategy": "no"}}
+    (tmp_path / "r.yaml").write_text(json.dumps(RECIPE | {"steps": [{"tune": tune}, {"tune": tune | {"out": "more"}}]}))
+    call = [sys.executable, "-c", IN_STEP, str(tmp_path / "r.yaml"), "--out", str(tmp_path / "runs")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    own = {"ACCELERATE_USE_CPU": "1"}
+    pair = [subprocess.Popen([*call, "--use_cpu", "true"], env=one | own, **pipes) for one in environments(2)]
+    said = "".join(ended(pair))
+    assert [process.returncode for process in pair] == [143, 143], said
+    assert said.count("fusion: tuned: SIGTERM, it is done; the same command continues") == 1
+    assert {file.name.split("-")[0] for file in (tmp_path / "runs/r").glob("[a-z]*-*")} == {"tuned"}
+
+
+def test_sigterm_while_the_trained_model_is_saved_ends_the_run_when_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune = RECIPE["steps"][0]["tune"] | {"train": TRAIN | {"max_steps": 2, "save_strategy": "no"}}
+    (tmp_path / "r.yaml").write_text(json.dumps(RECIPE | {"steps": [{"tune": tune}]}))
+    call, leave = [str(tmp_path / "r.yaml"), "--out", str(tmp_path / "runs")], _training.leave
+
+    def late(*given: Any, **named: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        leave(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_training, "leave", late)
+        assert run.main(call) == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert run.main(call) == 0 and "tuned: done before" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -247,7 +310,7 @@ def test_sigterm_that_met_an_error_still_ends_the_process() -> None:
     got: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda *_: got.append(1))
     try:
-        with pytest.raises(RuntimeError, match="gloo"), listening(SaveAndStop()):
+        with pytest.raises(RuntimeError, match="gloo"), listening(SaveAndStop(), "tuned"):
             signal.raise_signal(signal.SIGTERM)
             assert not got
             raise RuntimeError("gloo")

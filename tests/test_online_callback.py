@@ -138,6 +138,17 @@ def test_outside_a_window_any_number_of_ranks_may_go_on(models, tmp_path):
     assert all(torch.equal(straight[n], p) for n, p in second.model.named_parameters())
 
 
+@pytest.mark.parametrize("ranks", ["0-of-1", "1-of-2"])
+def test_ema_can_not_begin_where_a_checkpoint_has_none(models, tmp_path, ranks):
+    changed = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    tuned(models / "start", tmp_path, OnlineMergeCallback(models / "base"), **changed)
+    file = tmp_path / "checkpoint-1" / "online_merge-0-of-1.safetensors"
+    file.rename(file.with_name(f"online_merge-{ranks}.safetensors"))
+    again = trainer(models / "start", tmp_path, OnlineMergeCallback(models / "base", ema=0.9), **changed)
+    with pytest.raises(ValueError, match="has no moving average of .*: it was saved without ema.*; leave ema out"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_it_holds_two_bytes_of_task_vector_and_a_window_of_weights(models, tmp_path):
     how = OnlineMergeCallback(models / "base", method="ties", alpha=0.1, density=0.5, every=4)
     after = tuned(models / "start", tmp_path, how, max_steps=6)

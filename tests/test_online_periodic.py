@@ -1,13 +1,16 @@
 """A network that meets another one every so many steps: by hand, bit by bit after a resume, bad input."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fusion.online import MergeWithCallback
+from tests.launching import CPU, call
+from tests.processes import ROOT
 from tests.test_online_callback import loaded, save, trainer, tuned
 
 
@@ -82,3 +85,55 @@ def test_what_cannot_meet_gets_a_sentence(models, tmp_path):
         ValueError, match=r"the model \(.*wide\) has no tensor 'model.embed_tokens.weight' of \(40, 16\)"
     ):
         tuned(models / "start", tmp_path, MergeWithCallback(models / "wide", every=1))
+
+
+@pytest.fixture(scope="module")
+def recipe_of_two(tmp_path_factory):
+    """A tune step that meets another model every second step, and its weights in one process."""
+    folder = tmp_path_factory.mktemp("recipe")
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    train = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "per_device_train_batch_size": 2}
+    step = {"out": "tuned", "model": "start", "data": "text", "max_length": 64, "train": train}
+    other = {"config": config | {"initializer_range": 0.1}, "tokenizer": {"train": "bytes"}}
+    tree = {
+        "models": {"start": {"config": config, "tokenizer": {"train": "bytes"}}, "other": other},
+        "data": {"text": {"path": str(ROOT / "recipes/data/austen.txt"), "max_bytes": 50, "split": "train[:60]"}},
+        "steps": [{"tune": step | {"merge_with": {"model": "other", "every": 2, "weight": 0.25}}}],
+    }
+    (folder / "two.yaml").write_text(json.dumps(tree))
+    train["per_device_train_batch_size"] = 4
+    (folder / "one.yaml").write_text(json.dumps(tree))
+    call([[sys.executable, "-m", "fusion.run", "one.yaml", "--out", "runs", *CPU]], folder)
+    return folder, load_file(folder / "runs/one/tuned/model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp_cpu", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
+def test_two_launched_processes_meet_as_one_does(recipe_of_two, config):
+    folder, alone = recipe_of_two
+    call([[sys.executable, "-m", "fusion.cli", "launch", "--config", config, "two.yaml", "--out", config]], folder)
+    two = load_file(folder / config / "two/tuned/model.safetensors")
+    assert two.keys() == alone.keys()
+    for name, weight in alone.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_groups_of_a_recipe_that_meet_after_every_step_are_ddp_and_no_deepspeed(recipe_of_two):
+    """The mean of weights that SGD moved is what SGD makes of the mean of gradients."""
+    folder, _ = recipe_of_two
+    tree = json.loads((folder / "two.yaml").read_text())
+    fields = tree["steps"][0]["tune"]
+    fields["train"] |= {"average_tokens_across_devices": False, "max_grad_norm": 0.0}
+    for name, met in (("ddp", None), ("groups", {"groups": 2, "every": 1})):
+        fields["merge_with"] = met
+        (folder / f"{name}.yaml").write_text(json.dumps(tree))
+    launch = [sys.executable, "-m", "fusion.cli", "launch", "--config"]
+    for name in ("ddp", "groups"):
+        call([[*launch, "ddp_cpu", f"{name}.yaml", "--out", "apart"]], folder)
+    one, two = (load_file(folder / f"apart/{name}/tuned/model.safetensors") for name in ("ddp", "groups"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6)
+    with pytest.raises(AssertionError, match="groups train apart under plain DDP .* DeepSpeedEngine"):
+        call([[*launch, "zero2_cpu", "groups.yaml", "--out", "sharded"]], folder)

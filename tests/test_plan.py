@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -211,6 +212,26 @@ def test_a_full_disk_is_refused_before_the_run(folder):
     vast = planned(folder, STEPS.replace("hidden_size: 32", "hidden_size: 3000000"))
     with pytest.raises(ValueError, match="5 steps will write about .* TB, but .* free; make room"):
         _estimate.refuse_full_disk(vast, list(vast.steps))
+
+
+def test_what_a_step_that_continues_has_written_needs_no_room_again(folder, monkeypatch):
+    found = planned(folder)
+    steps = list(found.steps)
+    needs = _estimate.estimate(found)
+    needed = sum(need.disk or 0 for need in needs) + max(need.meanwhile for need in needs)
+    free = SimpleNamespace(free=needed - 65536)
+    monkeypatch.setattr(_estimate.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(ValueError, match="steps will write about"):
+        _estimate.refuse_full_disk(found, steps)
+    at = next(i for i, need in enumerate(needs) if (need.disk or 0) > 65536)
+    partial = steps[at].directory.with_name(f"{steps[at].directory.name}.partial")
+    (partial / "shards").mkdir(parents=True)
+    (partial / "shards" / "one").write_bytes(b"1" * 65536)
+    _estimate.refuse_full_disk(found, steps)
+    free.free = needed - needs[at].disk - needs[at].meanwhile - 65536  # what it holds beyond its need is no one else's
+    (partial / "shards" / "two").write_bytes(b"1" * int(needs[at].disk + needs[at].meanwhile + 65536))
+    with pytest.raises(ValueError, match="steps will write about"):
+        _estimate.refuse_full_disk(found, steps)
 
 
 def test_estimates_are_of_the_right_size(folder):

@@ -236,6 +236,14 @@ BAD = {
     "no base for ties": (tune("t", merge_with={"model": "base", "every": 1, "method": "ties"}), "base"),
     "share": (tune("t", merge_with={"model": "base", "every": 1, "weight": 2.0}), "from 0 to 1"),
     "met by an adapter": (tune("t", merge_with={"model": "base", "every": 1}, peft={"r": 2}), "merges whole weights"),
+    "one group": (tune("t", "sft", "text", merge_with={"groups": 1, "every": 1}), "groups is 1; two or more networks"),
+    "weighted groups": (tune("t", "clm", "text", merge_with={"groups": 2, "every": 1, "weight": 0.5}), "count alike"),
+    "groups and a model": (
+        tune("t", "clm", "text", merge_with={"groups": 2, "every": 1, "model": "base"}),
+        "each other",
+    ),
+    "groups for dpo": (tune("t", merge_with={"groups": 2, "every": 1}), "looks at the rows of all ranks"),
+    "aligned groups": (tune("t", merge_with={"groups": 2, "align": "x"}), "recipes/papers/dimat.yaml"),
     "decay": (tune("t", online_merge=MERGE | {"ema": 1.0}), "between 0 and 1"),
     "algorithm": (tune("t", "ppo"), "'grpo' or 'rloo'"),
 }

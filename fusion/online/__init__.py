@@ -5,10 +5,11 @@ from typing import Any
 HANDED_ON = {
     "OnlineMerge": "fusion.online.settings",
     "OnlineMergeCallback": "fusion.online.callback",
+    "MergeGroupsCallback": "fusion.online.groups",
     "MergeWithCallback": "fusion.online.periodic",
     "merge_into": "fusion.online.live",
 }
-__all__ = ["MergeWithCallback", "OnlineMerge", "OnlineMergeCallback", "merge_into"]
+__all__ = ["MergeGroupsCallback", "MergeWithCallback", "OnlineMerge", "OnlineMergeCallback", "merge_into"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,9 @@
-"""Readings added up over the ranks of a run, a few tensors at a time."""
+"""Statistics of live tensors, and what else is added up over the ranks of a run, a few tensors at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusion._method import Method, Region
-from fusion.merge._x import Max, Min, Reading, Sum
+from fusion.merge._x import Max, Min, Reading, Running, Sum
 
 TOGETHER = 16  # tensors whose readings travel in one message
 Readings = Mapping[str, Reading]
+Stats = Mapping[str, Tensor]
 
 
 def several() -> bool:
@@ -63,6 +65,58 @@ def over_ranks(
                     shape = full[name][s].value.shape
                     out[name] = {**out.get(name, {}), s: kind(part.reshape(shape))}
     return out
+
+
+def _here(work: Callable[[], Any]) -> Any:
+    return work()
+
+
+def statistics(
+    method: Method,
+    parts: Sequence[tuple[str, Callable[[Stats], Iterator[Region]]]],
+    split: Sequence[str],
+    params: Mapping[str, Mapping[str, Any]],
+    weights: Tensor,
+    *,
+    device: torch.device,
+    based: bool,
+    agreed: Callable[[Callable[[], Any]], Any] = _here,
+) -> dict[str, Stats]:
+    """By name the settled statistics of each tensor, those of split ones over all ranks.
+
+    parts: what this rank holds, as name and the regions of it given the passes so far. split: names that lie on
+    several ranks. params: the method's, by name. device: of tensors that others hold. agreed: runs what may fail.
+    """
+    stats: dict[str, Stats] = {name: {} for name in [*(name for name, _ in parts), *split]}
+    needed = {name: method.needed(params[name]) for name in stats}
+
+    def own(index: int) -> dict[str, Readings]:
+        readings: dict[str, Readings] = {}
+        for name, regions in parts:
+            if index >= needed[name]:
+                continue
+            running = Running()
+            for i, region in enumerate(regions(stats[name])):
+                running.add(i, method.call_pass(index, region, params[name]))
+            readings[name] = running.readings()
+        return readings
+
+    def settle(readings: Mapping[str, Readings]) -> None:
+        for name, found in readings.items():
+            values = {one: reading.value for one, reading in found.items()}
+            stats[name] = method.settle({**stats[name], **values}, params[name], weights)
+
+    def nothing(index: int, name: str) -> Readings:
+        return of_no_part(method, index, params[name], name, stats[name], weights.to(device), based)
+
+    for index in range(max(needed.values(), default=0)):
+        readings = agreed(partial(own, index))
+        shared = [name for name in split if index < needed[name]]
+        if shared:
+            here = {name: readings[name] for name in shared if name in readings}
+            readings |= over_ranks(here, shared, partial(nothing, index))
+        agreed(partial(settle, readings))
+    return stats
 
 
 def of_no_part(

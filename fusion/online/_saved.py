@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ def load(folder: Path, rank: int, world: int, handle: Handle, final: Final | Non
     file = _file(folder, rank, world)
     if not file.is_file():
         steps = _steps_alone(folder)
+        _refuse_new(folder, final, ())
         handle.load_state_dict({"steps": {key: steps for key, _ in handle.layout.held.values()}, "snapshots": {}})
         return
     found: dict[str, dict[str, list[Tensor]]] = {"snapshot": {}, "average": {}}
@@ -51,12 +53,23 @@ def load(folder: Path, rank: int, world: int, handle: Handle, final: Final | Non
         for name in sorted(stored.keys(), key=lambda n: (n.rpartition("/")[0], int(n.rpartition("/")[2]))):
             part, _, key = name.rpartition("/")[0].partition("/")
             found[part].setdefault(key, []).append(stored.get_tensor(name))
+    _refuse_new(file, final, found["average"])
     handle.load_state_dict({"steps": steps, "snapshots": found["snapshot"]})
     for key, averages in found["average"].items():
         if final is None or key not in final.averages:
             raise ValueError(f"{file} has a moving average of {key}, and this run keeps none; ask for ema again")
         for mine, theirs in zip(final.averages[key], averages, strict=True):
             mine.copy_(theirs)
+
+
+def _refuse_new(where: Path, final: Final | None, saved: Container[str]) -> None:
+    """ValueError when this run keeps a moving average that the checkpoint has not: it would miss the steps so far."""
+    for key, averages in () if final is None else final.averages.items():
+        if averages and key not in saved:
+            raise ValueError(
+                f"{where} has no moving average of {key}: it was saved without ema, and an average of the steps from "
+                f"here on alone would pass for one of all; leave ema out, or begin again without a checkpoint"
+            )
 
 
 def _steps_alone(folder: Path) -> int:

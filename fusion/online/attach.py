@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from fusion._method import Region
 from fusion._params import depths, layer_of
 from fusion._say import nearest
 from fusion.merge._draw import Draw
-from fusion.merge._x import Outputs, Running, Sum
-from fusion.online._reduce import Readings, added_up, of_no_part, over_ranks
+from fusion.merge._x import Outputs, Sum
+from fusion.online._reduce import added_up, statistics
 from fusion.online._sparse import Sparse
 from fusion.online.layouts import Piece, layout
 from fusion.online.settings import OnlineMerge, Readable
@@ -148,33 +149,23 @@ class Handle:
     def _merge(self, due: list[tuple[str, tuple[Piece, ...], list[Tensor]]]) -> None:
         """old + merge([update, task vector]) in place of old + update, for all that one call stepped on."""
         number = self.steps[due[0][0]] // self.merge.every
-        work = [(piece, old) for _, pieces, olds in due for piece, old in zip(pieces, olds, strict=True)]
+        work = [
+            (piece, old, partial(self._regions, piece, old, step=number))
+            for _, pieces, olds in due
+            for piece, old in zip(pieces, olds, strict=True)
+        ]
         split = list(dict.fromkeys(name for key, _, _ in due for name in self.layout.split.get(key, ())))
-        stats: dict[str, Mapping[str, Tensor]] = {piece.name: {} for piece, _ in work}
-        stats |= {name: {} for name in split}
-        needed = {name: self.method.needed(self._concrete(name)) for name in stats}
-        for index in range(max(needed.values(), default=0)):
-            readings = {}
-            for piece, old in work:
-                if index >= needed[piece.name]:
-                    continue
-                running = Running()
-                for i, region in enumerate(self._regions(piece, old, stats[piece.name], number)):
-                    running.add(i, self.method.call_pass(index, region, self._concrete(piece.name)))
-                readings[piece.name] = running.readings()
-            shared = [name for name in split if index < needed[name]]
-            if shared:
-                readings |= self._shared(index, {n: readings[n] for n in shared if n in readings}, shared, stats)
-            for name, found in readings.items():
-                values = {s: reading.value for s, reading in found.items()}
-                stats[name] = self.method.settle({**stats[name], **values}, self._concrete(name), self._weights())
+        params = {name: self._concrete(name) for name in [*(piece.name for piece, _, _ in work), *split]}
+        parts = [(piece.name, regions) for piece, _, regions in work]
+        weights, device = self._weights(), self.layout.device
+        stats = statistics(self.method, parts, split, params, weights, device=device, based=True)
         if self.watch:
             self.measured, self.watch = _Measured(number, self.layout.copies), False
         measured = self.measured if self.measured.number == number else None
-        for piece, old in work:
+        for piece, old, regions in work:
             place = 0
-            for region in self._regions(piece, old, stats[piece.name], number):
-                outputs = self.method.call(region, self._concrete(piece.name))
+            for region in regions(stats[piece.name]):
+                outputs = self.method.call(region, params[piece.name])
                 merged = outputs.tensor
                 here = slice(place, place + len(merged))
                 torch.add(old[here], merged, out=piece.flat[here])
@@ -184,16 +175,7 @@ class Handle:
         if measured is not None:
             self.readings = measured.readings()
 
-    def _shared(self, index: int, own: Mapping[str, Any], names: list[str], stats: Mapping[str, Any]) -> dict[str, Any]:
-        """Readings of tensors that several ranks hold parts of, added up over the ranks."""
-
-        def nothing(name: str) -> Readings:
-            weights = self._weights(self.layout.device)
-            return of_no_part(self.method, index, self._concrete(name), name, stats[name], weights, True)
-
-        return over_ranks(own, names, nothing)
-
-    def _regions(self, piece: Piece, old: Tensor, stats: Mapping[str, Tensor], step: int) -> Iterator[Region]:
+    def _regions(self, piece: Piece, old: Tensor, stats: Mapping[str, Tensor], *, step: int) -> Iterator[Region]:
         """[update, task vector], chunk by chunk; one chunk's memory serves the next."""
         vector, weights = self.vectors[piece.name], self._weights(piece.flat.device)
         room = torch.empty(3 * min(CHUNK, len(old)), device=piece.flat.device)

@@ -69,6 +69,11 @@ def layout(optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[st
     if not named:
         raise ValueError("online merging got no parameter that is trained")
     _refuse_quantised(named)
+    if type(optimizer).__name__.startswith("ZenFlow"):
+        raise ValueError(
+            "ZenFlow steps on part of the gradients by an optimizer of its own, and online merging does "
+            "not see it; leave zenflow out"
+        )
     attributes = set().union(*(vars(parameter) for _, parameter in named[:1]))
     if "_z3_optimizer" in attributes:
         kind, held = "zero3", _zero3(named)
@@ -163,6 +168,13 @@ def _zero3(named: Named) -> Held:
     zero = vars(named[0][1])["_z3_optimizer"]
     if zero.swap_optimizer:
         raise ValueError("online merging does not work on optimizer states that are swapped to NVMe; offload to cpu")
+    if type(zero).__name__.startswith("SuperOffload"):
+        raise ValueError("SuperOffload steps in another process, which online merging does not see; offload without it")
+    if zero.offload_optimizer and zero.partial_offload != 1.0:
+        raise ValueError(
+            f"with an offload_optimizer.ratio of {zero.partial_offload} a second optimizer steps on part of the "
+            f"weights, which online merging would leave out; take ratio: 1.0"
+        )
     names = {id(parameter): name for name, parameter in named}
     held: Held = {}
     for number, (parameters, flat) in enumerate(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)):

@@ -10,15 +10,15 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fusion._method import Method, Region
 from fusion._params import depths, layer_of
 from fusion._regions import refuse_nan
 from fusion.checkpoint import Source
-from fusion.merge._x import Running
 from fusion.online._agree import agreed
-from fusion.online._reduce import Readings, of_no_part, over_ranks
+from fusion.online._reduce import statistics
 from fusion.online.layouts import Layout, Piece, layout
 from fusion.online.vectors import checked_region
 
@@ -37,6 +37,7 @@ def merge_into(
     seed: int = 0,
     step: int = 0,  # of training, so that masks are drawn anew
     params: Mapping[str, Any] | None = None,
+    apart: bool = False,  # each rank holds a network of its own: all are merged, the first rank's first
 ) -> None:
     """The network becomes method([network, *sources]), in the weights that the optimizer steps on and in its own.
 
@@ -45,7 +46,8 @@ def merge_into(
     ranks and before any weight has changed, for methods that need whole rows, tensors or the whole model, for
     checkpoints that lack a tensor or can't be read, and for numbers that are not finite: the map runs twice for that.
     """
-    k = 1 + len(sources)
+    networks = dist.get_world_size() if apart else 1
+    k = networks + len(sources)
     found, fitted = admitted(method, params or {}, k, based=base is not None, weighted=weights is not None)
     if weights is not None and len(weights) != k:
         raise ValueError(f"{method}: {len(weights)} weights for {k} models; the network's comes first")
@@ -53,10 +55,16 @@ def merge_into(
     held = layout(wrappers[-1], named)
     if held.kind == "zero" and len(wrappers) == 1:
         raise ValueError("give DeepSpeed's optimizer (engine.optimizer): torch's does not reach the model's weights")
+    if apart and held.kind != "plain":
+        raise ValueError(
+            f"networks of several ranks merge where each rank has a whole one, and these lie in {held.kind}"
+        )
     read_from = [*((one, "a source") for one in sources), *(((base, "the base"),) if base is not None else ())]
     agreed(lambda: [checked_region(one, what, piece, piece.start) for piece in held.pieces for one, what in read_from])
     stacks = depths(name for name, _ in named)
     concrete = {name: found.resolve(fitted, name, layer_of(name, stacks)) for name, _ in named}
+    who = [f"rank {i}" for i in range(networks)] if apart else ["the network"]
+    who += [str(one.path) for one, _ in read_from]
     w = torch.ones(k) if weights is None else torch.tensor([float(one) for one in weights])
 
     def regions(piece: Piece, stats: Mapping[str, Tensor]) -> Iterator[Region]:
@@ -65,8 +73,8 @@ def merge_into(
             part = Piece(piece.name, piece.shape, piece.start + first, here)
             stop = part.start + here.numel()
             there = [checked_region(one, what, part, stop).to(here.device) for one, what in read_from]
-            rows = torch.stack([here.float(), *there])
-            refuse_nan(rows, [(who, piece.name) for who in ("the network", *(str(one.path) for one, _ in read_from))])
+            rows = torch.stack([*(_everyones(here.float()) if apart else [here.float()]), *there])
+            refuse_nan(rows, [(one, piece.name) for one in who])
             below, layer = None if base is None else rows[k], layer_of(piece.name, stacks)
             yield Region(
                 rows[:k],
@@ -91,7 +99,16 @@ def merge_into(
                 if write:
                     piece.flat[at : at + merged.numel()].copy_(merged)
 
-    stats = _statistics(found, concrete, held, regions, base is not None, w)
+    stats = statistics(
+        found,
+        [(piece.name, partial(regions, piece)) for piece in held.pieces],
+        list(dict.fromkeys(name for names in held.split.values() for name in names)),
+        concrete,
+        w,
+        device=held.device,
+        based=base is not None,
+        agreed=agreed,
+    )
     agreed(partial(run, write=False))
     agreed(partial(run, write=True), "; weights have changed before that, go on from the last checkpoint")
     _hand_over(held, wrappers, named)
@@ -110,41 +127,11 @@ def admitted(
     return found, fitted
 
 
-def _statistics(
-    method: Method, params: Mapping[str, Any], held: Layout, regions: Any, based: bool, weights: Tensor
-) -> dict[str, Mapping[str, Tensor]]:
-    """By name the settled statistics of each tensor, those of split ones over all ranks."""
-    split = list(dict.fromkeys(name for names in held.split.values() for name in names))
-    stats: dict[str, Mapping[str, Tensor]] = {name: {} for name in [*(p.name for p in held.pieces), *split]}
-    needed = {name: method.needed(those) for name, those in params.items()}
-
-    def own(index: int) -> dict[str, Mapping[str, Any]]:
-        readings: dict[str, Mapping[str, Any]] = {}
-        for piece in held.pieces:
-            if index >= needed[piece.name]:
-                continue
-            running = Running()
-            for i, region in enumerate(regions(piece, stats[piece.name])):
-                running.add(i, method.call_pass(index, region, params[piece.name]))
-            readings[piece.name] = running.readings()
-        return readings
-
-    def settle(readings: Mapping[str, Mapping[str, Any]]) -> None:
-        for name, found in readings.items():
-            values = {one: reading.value for one, reading in found.items()}
-            stats[name] = method.settle({**stats[name], **values}, params[name], weights)
-
-    for index in range(max(needed.values(), default=0)):
-        readings = agreed(partial(own, index))
-
-        def nothing(name: str, index: int = index) -> Readings:
-            return of_no_part(method, index, params[name], name, stats[name], weights.to(held.device), based)
-
-        shared = [name for name in split if index < needed[name]]
-        if shared:
-            readings |= over_ranks({n: readings[n] for n in shared if n in readings}, shared, nothing)
-        agreed(partial(settle, readings))
-    return stats
+def _everyones(here: Tensor) -> list[Tensor]:
+    """The same elements of every rank's network."""
+    all_of_them = [torch.empty_like(here) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_of_them, here)
+    return all_of_them
 
 
 def _unwrapped(optimizer: Any) -> list[Any]:

@@ -14,7 +14,8 @@ class MergeWith:
     """Every so many optimizer steps the network in training becomes method([network, other]).
 
     weight: the other's share, the network's being 1 - weight; left out, both count alike. based: the method gets a
-    base. params: further parameters of the method.
+    base. params: further parameters of the method. groups: instead of the network and another one, so many in training
+    meet, and all of them become the same.
     """
 
     every: int
@@ -23,13 +24,18 @@ class MergeWith:
     based: bool = False
     seed: int = 0
     params: Mapping[str, Any] = field(default_factory=dict)
+    groups: int | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every is {self.every}; networks meet every 1, 2, ... steps")
         if self.weight is not None and not 0 <= self.weight <= 1:
             raise ValueError(f"weight is {self.weight}; it is the share of the other model, from 0 to 1")
-        admitted(self.method, self.params, 2, based=self.based, weighted=self.weight is not None)
+        if self.groups is not None and self.groups < 2:
+            raise ValueError(f"groups is {self.groups}; two or more networks can meet")
+        if self.groups is not None and self.weight is not None:
+            raise ValueError(f"weight is {self.weight}; groups all count alike, leave it out")
+        admitted(self.method, self.params, self.groups or 2, based=self.based, weighted=self.weight is not None)
 
     @property
     def weights(self) -> tuple[float, float] | None:

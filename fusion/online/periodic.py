@@ -3,7 +3,7 @@ et al. 2024, arXiv:2404.08079)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,8 @@ class MergeWithCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Refuses, on all ranks, what could not be merged later."""
         self.merge.check_steps(state.max_steps)
-        network = unwrapped(given["model"])
-        named = list(network.named_parameters())
-        if any(".lora_" in name for name, _ in named):
-            raise ValueError(
-                "merge_with merges whole weights, and this model trains an adapter; leave one of the two out"
-            )
-        tied = network.all_tied_weights_keys if isinstance(network, PreTrainedModel) else {}
         read_from = [(self.other, "model"), *([] if self.base is None else [(self.base, "base")])]
-        for source, what in read_from:
-            refuse_ties(source, what, [name for name, _ in named], tied)
-        pieces = layout(innermost(given["optimizer"]), named).pieces
-        agreed(lambda: [checked_region(one, f"the {what}", p, p.start) for p in pieces for one, what in read_from])
+        refuse_unlike(unwrapped(given["model"]), given["optimizer"], read_from)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if state.global_step % self.merge.every:
@@ -70,3 +60,15 @@ class MergeWithCallback(TrainerCallback):
             step=state.global_step,
             params=self.merge.params,
         )
+
+
+def refuse_unlike(network: Any, optimizer: Any, read_from: Sequence[tuple[Source, str]]) -> None:
+    """ValueError, on all ranks, for an adapter and for a model to read that has not the network's tensors."""
+    named = list(network.named_parameters())
+    if any(".lora_" in name for name, _ in named):
+        raise ValueError("merge_with merges whole weights, and this model trains an adapter; leave one of the two out")
+    tied = network.all_tied_weights_keys if isinstance(network, PreTrainedModel) else {}
+    for source, what in read_from:
+        refuse_ties(source, what, [name for name, _ in named], tied)
+    pieces = layout(innermost(optimizer), named).pieces
+    agreed(lambda: [checked_region(one, f"the {what}", p, p.start) for p in pieces for one, what in read_from])

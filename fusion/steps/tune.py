@@ -46,11 +46,14 @@ def tune(
 
     online_merge: {base, reference, method, alpha, density, ...} of OnlineMergeCallback, base and reference being models
     of the recipe; the reference is `model` when left out. merge_with: {model, every, weight, method, ...} of
-    MergeWithCallback: every so many steps the network is merged with a model of the recipe.
+    MergeWithCallback: every so many steps the network is merged with a model of the recipe; or {groups, every, method,
+    ...} of MergeGroupsCallback: each process trains a network of its own, and those are merged.
     """
     from fusion._training import follow, learn
 
     callbacks = [*meeting(job, merge_with or {}), *(merging(job, model, online_merge) if online_merge else [])]
+    if (merge_with or {}).get("groups"):  # the loss of a group is its own: no other group's tokens count in it
+        train = {"average_tokens_across_devices": False, **(train or {})}
     common: dict[str, Any] = {"model": model, "data": data, "max_length": max_length, "train": train or {}}
     common |= {"peft": peft, "callbacks": callbacks}
     if algorithm == "clm":
@@ -74,11 +77,12 @@ def merging(job: "Job", model: str, settings: Mapping[str, Any]) -> list[Any]:
 
 
 def meeting(job: "Job", settings: Mapping[str, Any]) -> list[Any]:
-    """The callback that merges with another model every so many steps, if that is asked for."""
-    from fusion.online import MergeWithCallback
+    """The callback that merges with another model, or groups of ranks, every so many steps, if that is asked for."""
+    from fusion.online import MergeGroupsCallback, MergeWithCallback
 
+    kind = MergeGroupsCallback if settings.get("groups") else MergeWithCallback
     models = {name: job.source(settings[name]) for name in ("model", "base") if settings.get(name)}
-    return [MergeWithCallback(**{"seed": job.seed, **settings, **models})] if settings else []
+    return [kind(**{"seed": job.seed, **settings, **models})] if settings else []
 
 
 def train_fields(algorithm: str = "clm") -> set[str]:
