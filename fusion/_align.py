@@ -51,6 +51,12 @@ class Pair:
 
         return len(layer_types(self.target.spaces)) != len(layer_types(self.donor.spaces))
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The output's configuration: the target's, its head untied where that was asked."""
+        untied = self.folded and self.target.config.get("tie_word_embeddings") is False
+        return {**self.target.source.config, **({"tie_word_embeddings": False} if untied else {})}
+
 
 def pair_of(
     job: Job, target: str, donor: str, untie: bool, only: Sequence[str] | None = None, *, text: bool = False
@@ -189,7 +195,4 @@ def aligned(
 
 def written(job: Job, pair: Pair, tensors: Mapping[str, Tensor], shard_size: int) -> None:
     """The checkpoint, with the target's tokenizer and configuration."""
-    config = dict(pair.target.source.config)
-    if pair.folded and pair.target.config.get("tie_word_embeddings") is False:
-        config["tie_word_embeddings"] = False
-    write_whole(job, job.directory, tensors, config, pair.target.source, shard_size)
+    write_whole(job, job.directory, tensors, pair.config, pair.target.source, shard_size)

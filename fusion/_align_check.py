@@ -28,9 +28,12 @@ def check(view: View) -> None:
     features, _ = words.parse("features", fields["features"], f"{place}.features")
     if features != "weights" and fields["data"] is None:
         raise ValueError(f"{place}: features '{features}' are read off data; give: data")
+    if fields["repair"] and fields["data"] is None:
+        raise ValueError(f"{place}.repair: deviations are measured on data; give: data")
     if fields["sweeps"] < 1:
         raise ValueError(f"{place}.sweeps: it is {fields['sweeps']} and must be at least 1")
-    bytes_of(fields["shard_size"], f"{place}.shard_size")
+    for size in ("memory", "shard_size"):
+        bytes_of(fields[size], f"{place}.{size}")
     tables = {}
     for field in ("target", "donor"):
         name = fields[field]
@@ -42,6 +45,10 @@ def check(view: View) -> None:
             raise ValueError(
                 f"{place}.features: '{features}' are those of language models on text, and {name} is none "
                 f"({config['model_type']}); give weights"
+            )
+        if fields["repair"] and config["model_type"] in SILENT:
+            raise ValueError(
+                f"{place}.repair: it runs language models on text, and {name} is none ({config['model_type']})"
             )
         if name in view.recipe.models and view.kinds.get(name) == "directory":
             from alignment import find_family

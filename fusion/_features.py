@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from fusion import words
@@ -37,14 +41,21 @@ class Features:
 
 
 def described(
-    job: Job, pair: Pair, given: str | dict[str, Any], data: str | None, layers: Mapping[int, int] | None
+    job: Job,
+    pair: Pair,
+    given: str | dict[str, Any],
+    data: str | None,
+    layers: Mapping[int, int] | None,
+    memory: float = math.inf,
 ) -> Features:
     """What `align` matches by; of activations those of every space that a linear layer reads and that may move.
+
+    Sums that take more than `memory` bytes are made in several passes over the data, and tables beyond it lie on disk.
 
     Raises ValueError where no data are given, for fewer tokens than units, for spaces all of whose units are dead and
     for activations that are not finite.
     """
-    from alignment.features.activations import moments
+    from alignment.features.activations import mean_of, streamed
 
     word, params = words.parse("features", given, f"{job.place}.features")
     if word == "weights":
@@ -54,27 +65,46 @@ def described(
     (target, one), (donor, other) = (_module(job, side, pair.folded) for side in (pair.target, pair.donor))
     if layers is not None:
         other = other.relabel({source: number for number, source in layers.items()})
-    free = {space.name for space in pair.target.spaces.spaces if space.group != "fixed"}
-    found = {
-        name: many
-        for name, many in moments(target, donor, one, other, paired(job, pair, data, "activations")).items()
-        if name in free
-    }
-    if not found:
-        raise ValueError(f"{job.place}.features: no linear layer reads a space of {pair.target.name} that may move")
     function = partial(words.load("features", word), **params)
     turning = partial(words.load("features", "activations"), kind="product")
-    groups = {name: pair.target.spaces.by_name[name].group for name in found}
-    tables = {
-        name: _mean(turning if groups[name].startswith("orthogonal") else function, many)
-        for name, many in found.items()
-    }
-    return Features(
-        word,
-        tables | _heads(job, pair, data, layers, (target, donor)),
-        max(one.count for many in found.values() for one in many),
-        {name: _dead(job, pair, data, name, many) for name, many in found.items()},
-    )
+    stay = {space.name for space in pair.target.spaces.spaces if space.group == "fixed"}
+    tables: dict[str, Tensor] = {}
+    dead: dict[str, tuple[int, int]] = {}
+    tokens = 0
+    again = partial(paired, job, pair, data, "activations")
+    for name, places in groupby(streamed(target, donor, one, other, again, memory, stay), itemgetter(0)):
+        turns = pair.target.spaces.by_name[name].group.startswith("orthogonal")
+        seen: list[Seen] = []
+        table = mean_of(_looked(turning if turns else function, (found for _, found in places), seen)).float().cpu()
+        tables[name] = table if sum(map(_size, tables.values())) + _size(table) <= memory else _on_disk(job, table)
+        dead[name] = _dead(job, pair, data, name, seen)
+        tokens = max(tokens, *(count for count, _ in seen))
+    if not tables:
+        raise ValueError(f"{job.place}.features: no linear layer reads a space of {pair.target.name} that may move")
+    return Features(word, tables | _heads(job, pair, data, layers, (target, donor)), tokens, dead)
+
+
+Seen = tuple[int, list["Tensor"]]  # how many samples at a place, and which units of both networks vary there nowhere
+
+
+def _looked(function: Callable[[Moments], Tensor], places: Iterable[Moments], seen: list[Seen]) -> Iterator[Tensor]:
+    """The similarities at each place, what else is asked of it added to `seen`."""
+    for one in places:
+        seen.append((one.count, one.dead))
+        yield function(one)
+
+
+def _size(table: Tensor) -> int:
+    return table.numel() * table.element_size()
+
+
+def _on_disk(job: Job, table: Tensor) -> Tensor:
+    """The same table in a file without a name, from which the system reads what is asked for."""
+    import torch
+
+    with NamedTemporaryFile(dir=job.directory) as file:
+        held = torch.from_file(file.name, shared=True, size=table.numel(), dtype=table.dtype).view(table.shape)
+    return held.copy_(table)
 
 
 def _heads(
@@ -114,23 +144,17 @@ def _heads(
     return {name: found[name].similarity().float().view(shape) for name, shape in zip(both, shapes)}
 
 
-def _mean(function: Any, many: list[Moments]) -> Tensor:
-    import torch
-
-    return torch.stack([function(one) for one in many]).mean(0).float().cpu()
-
-
-def _dead(job: Job, pair: Pair, data: str, name: str, many: list[Moments]) -> tuple[int, int]:
+def _dead(job: Job, pair: Pair, data: str, name: str, seen: list[Seen]) -> tuple[int, int]:
     """How many units vary nowhere, in the target and in the donor; ValueError where too little is known."""
     import torch
 
-    one = many[0]
-    if one.count < max(one.cross.shape):
+    count, most = seen[0][0], max(len(one) for one in seen[0][1])
+    if count < most:
         raise ValueError(
-            f"{job.place}.data: {one.count} tokens of {data} cannot tell {max(one.cross.shape)} units of '{name}' "
-            "apart; give at least one for each"
+            f"{job.place}.data: {count} tokens of {data} cannot tell {most} units of '{name}' apart; give at least "
+            "one for each"
         )
-    dead = [torch.stack([place.dead[side] for place in many]).all(0) for side in (0, 1)]
+    dead = [torch.stack([where[side] for _, where in seen]).all(0) for side in (0, 1)]
     for side, units in zip((pair.target, pair.donor), dead):
         if bool(units.all()):
             raise ValueError(f"{job.place}.data: all units of '{name}' in {side.name} are dead: none varies on {data}")

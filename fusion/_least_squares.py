@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fusion._expert_squares import experts, solve_experts
 from fusion._together import Together, flow, flows, reader_of
 
 if TYPE_CHECKING:
@@ -52,21 +53,21 @@ def solved(
         name: placed(unit, networks.spaces.by_name[name].size, wide.by_name[name].size, weights)
         for name, unit in groups.items()
     }
-    moved = solve(Problem(job, weights, inputs, ridge, places), merged, running)
+    moved, few = solve(Problem(job, weights, inputs, ridge, places), merged, running)
     state = merged.module.state_dict()
-    out = dict(average)
     for key, part in wide.by_key.items():
-        for name, own in zip(part.names, merged.spaces.by_key[key].names):
-            if own.rpartition(".")[0] in moved:
-                out[name] = state[own].cpu().to(average[name].dtype)
+        own = merged.spaces.by_key[key]
+        if own.names[0].rpartition(".")[0] in moved:
+            part.write(own.read(state).to(average[part.names[0]]), average)
     layers = [name for name in linear(merged.module) if name not in moved]
     report = {
         "tokens": sum(one["input_ids"].numel() for one in batches),
         "units_apart": apart,
         "moved": moved,
         "averaged": layers,
+        "too_few_tokens": few,
     }
-    return out, config, report
+    return average, config, report
 
 
 def widened(
@@ -141,19 +142,26 @@ class Problem:
     places: Mapping[str, list[Tensor]]  # space -> for each network (wide, n)
 
 
-def solve(problem: Problem, merged: Flow, running: Sequence[Flow]) -> dict[str, float]:
-    """The merged network's linear layers solved in place, in the order they run; by layer how far its weights moved,
-    relative to the average's. Those that run more than once or share their weights with embeddings are not touched."""
+def solve(
+    problem: Problem, merged: Flow, running: Sequence[Flow]
+) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
+    """The merged network's linear layers and experts solved in place, in the order they run; by layer how far its
+    weights moved, relative to the average's, and the experts that too few tokens reach. Layers that run more than once
+    or share their weights with embeddings are not touched."""
     moved: dict[str, float] = {}
+    few: dict[str, dict[str, int]] = {}
     for _ in problem.job.progress(range(len(merged.blocks) + 1), f"{problem.job.name}: blocks"):
         for stage in stages(merged):
             sums = _sums(problem, merged, running, stage)
             for name in stage:
                 moved[name] = _solve_layer(problem, name, sums, merged, running)
         if merged.name:
+            for name in experts(merged.block):  # they come last in a block
+                moved[merged.name + name], found = solve_experts(problem, merged, running, merged.name + name)
+                few |= found
             for one in (merged, *running):
                 one.advance()
-    return moved
+    return moved, few
 
 
 def stages(flow: Flow) -> list[list[str]]:

@@ -17,6 +17,7 @@ from alignment.maps import Index, Maps
 from alignment.tokens import shared_boundaries
 from fusion import sources
 from fusion._align import pair_of
+from fusion._estimate import estimate
 from fusion._features import described, paired
 from fusion.data import encode
 from fusion.job import Job
@@ -113,6 +114,24 @@ def test_other_tokens_are_paired_and_their_rows_stay_the_targets(models, tmp_pat
     assert len(i) < len(both[0].ids) and len(both[0].ids) != len(both[1].ids)
 
 
+@pytest.mark.parametrize(("memory", "passes"), [(1, 7), (5000, 5), (9217, 3)])
+def test_in_less_memory_the_numbers_are_the_same(models, tmp_path, monkeypatch, memory, passes):
+    """Five places of the stream of 16 units take 2,048 bytes each, and then two of 24 neurons 4,608."""
+    job = job_of(models, tmp_path)
+    pair = pair_of(job, "a", "twin", False)
+    whole, reads = described(job, pair, "activations", "text", None), []
+
+    def counted(*given, **more):
+        reads.append(given[3])
+        return paired(*given, **more)
+
+    monkeypatch.setattr("fusion._features.paired", counted)
+    found = described(job, pair, "activations", "text", None, memory)
+    assert found.dead == whole.dead and found.tokens == whole.tokens and found.tables.keys() == whole.tables.keys()
+    assert all(one.equal(whole.tables[name]) for name, one in found.tables.items())
+    assert reads.count("activations") == passes and not any(tmp_path.iterdir())
+
+
 def test_of_other_depth_layers_and_units_are_compared_on_data(models, tmp_path):
     made = run(models, "target: deep, donor: twin, features: activations, data: text", tmp_path, DATA)
     found = json.loads((made / "metrics.json").read_text())
@@ -159,6 +178,21 @@ def test_planning_says_what_is_wrong(models, tmp_path):
     file = recipe_of(folder, "  - align: {out: new, target: a, donor: twin, features: activations, data: text}\n", DATA)
     with pytest.raises(ValueError, match="'activations' are those of language models on text, and twin is none"):
         plan(load(file), tmp_path)
+
+
+def test_the_estimate_of_memory_follows_the_budget(tmp_path):
+    (tmp_path / "t.txt").write_text("text")
+    sizes = "hidden_size: 4096, intermediate_size: 14336, num_hidden_layers: 32, vocab_size: 32000"
+    large = f"{{config: {{model_type: llama, {sizes}}}, tokenizer: {{train: bpe, vocab_size: 32000, data: text}}}}"
+    needs = []
+    for fields in ("sweeps: 5", "features: activations, memory: 1GiB", "features: activations"):
+        file = tmp_path / "r.yaml"
+        file.write_text(
+            f"models: {{one: {large}, two: {large}}}\ndata: {{text: {{path: ./t.txt, format: text}}}}\n"
+            f"steps:\n  - align: {{out: new, target: one, donor: two, data: text, {fields}}}\n"
+        )
+        needs.append(estimate(plan(load(file), tmp_path))[-1].memory or 0)
+    assert needs[2] - needs[1] == 3 * 2**30 and needs[0] < needs[1] - 2**30
 
 
 def test_without_tokenizers_rows_correspond_by_number(models, tmp_path):

@@ -75,7 +75,7 @@ def run(folder: Path, fields: str, tmp_path: Path, data: str = "") -> Path:
     file = recipe_of(folder, f"  - align: {{out: new, {fields}}}\n", data)
     planned = plan(load(file), tmp_path / "runs").steps[0]
     made = tmp_path / "made"
-    made.mkdir()
+    made.mkdir(parents=True)
     align(Job("new", made, load(file), place="steps[0].align"), **planned.arguments)
     return made
 

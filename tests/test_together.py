@@ -218,6 +218,79 @@ def test_all_units_apart_are_both_networks_side_by_side(kin, tmp_path):
     assert error[2.0] < 1e-4 < error[1.5] < error[1.0], error
 
 
+def routed(network, rows):
+    """What the experts of the first layer read, and which experts each row goes to."""
+    seen = []
+    hook = network.model.layers[0].mlp.experts.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    with torch.no_grad():
+        network(rows)
+    hook.remove()
+    return seen[0][0].detach().double(), seen[0][1]
+
+
+def nearest(x, y, start, ridge=0.01):
+    """The weights whose answers to x are nearest y, by lstsq, with rows that hold them near `start`."""
+    held = (ridge * x.square().sum(0)).sqrt().diag()
+    return torch.linalg.lstsq(torch.cat([x, held]), torch.cat([y, held @ start.double().mT])).solution.mT
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory) -> Path:
+    """one, and two (one and noise): tiny Mixtrals, and 1,800 numbers to read."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    for name in ("one", "two"):
+        plain(folder, "mixtral", name, 0)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: one + 0.3 * one.std() * torch.randn(one.shape, generator=generator)
+        for name, one in load_file(folder / "two" / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "two" / "model.safetensors")
+    numbers = torch.randint(0, 61, (30, 60), generator=generator)
+    (folder / "t.txt").write_text("\n\n".join(" ".join(map(str, row)) for row in numbers.tolist()))
+    return folder
+
+
+def test_experts_are_solved_on_the_tokens_routed_to_them(mixtures, tmp_path):
+    made = run(mixtures, "least_squares: {out: l, models: [one, two], data: text, max_length: 60}", tmp_path)
+    rows = torch.tensor([list(map(int, line.split())) for line in (mixtures / "t.txt").read_text().split("\n\n")])
+    merged, *both = (module(one) for one in (made, mixtures / "one", mixtures / "two"))
+    x, chosen = routed(merged, rows)
+    own = [routed(one, rows)[0] for one in both]
+    solved, *experts = (one.model.layers[0].mlp.experts for one in (merged, *both))
+    for expert in range(4):
+        here = (chosen == expert).any(1)
+        assert 200 < int(here.sum()) < 1800
+        xs = [x[here], *(one[here] for one in own)]
+        for stack in ("gate_up_proj", "down_proj"):
+            found, *weights = (one.get_parameter(stack).detach()[expert].double() for one in (solved, *experts))
+            y = sum(one @ weight.mT for one, weight in zip(xs[1:], weights)) / 2
+            average = sum(weights) / 2
+            torch.testing.assert_close(found, nearest(xs[0], y, average), rtol=1e-4, atol=1e-5)
+            assert float((found - average).norm() / average.norm()) > 0.02
+            pairs = [(one @ weight.mT).chunk(2, -1) for one, weight in zip(xs, [found, *weights])]
+            xs = [torch.nn.functional.silu(gate) * up for gate, up in pairs]
+    assert metrics(made)["too_few_tokens"] == {} and "model.layers.1.mlp.experts" in metrics(made)["moved"]
+
+
+@pytest.mark.parametrize("inputs", ["mean", "own"])
+def test_experts_that_few_tokens_reach_keep_the_average(mixtures, tmp_path, inputs):
+    options = f"data: text, max_length: 60, tokens: 60, inputs: {inputs}"
+    made = run(mixtures, f"least_squares: {{out: l, models: [one, two], {options}}}", tmp_path)
+    few = metrics(made)["too_few_tokens"]
+    named = {(name, int(expert)) for name, experts in few.items() for expert in experts}
+    merged, *both = (module(one) for one in (made, mixtures / "one", mixtures / "two"))
+    same = set()
+    for layer in range(2):
+        for stack in ("gate_up_proj", "down_proj"):
+            name = f"model.layers.{layer}.mlp.experts.{stack}"
+            found, one, other = (network.get_parameter(name).detach() for network in (merged, *both))
+            kept = (found - (one + other) / 2).abs().amax((1, 2)) < 1e-6
+            same |= {(name, expert) for expert in kept.nonzero()[:, 0].tolist()}
+            assert all(count < found.shape[2] for count in few.get(name, {}).values())
+    assert named == same and 0 < len(named) < 16
+
+
 def test_outputs_of_align_stand_for_their_donors(models, tmp_path):
     aligned = tmp_path / "b_aligned"
     aligned.mkdir()

@@ -6,8 +6,11 @@ a space, so after its non-linearity.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from alignment.spaces import Spaces
 
-__all__ = ["Moments", "Pair", "activations", "collect", "taps"]
+__all__ = ["Moments", "Pair", "activations", "collect", "streamed", "taps"]
 
 DEAD = 1e-6  # of the largest standard deviation: a unit that varies less tells nothing
 
@@ -162,43 +165,94 @@ def collect(
     batches: Iterable[Any],
     *,
     kind: Literal["correlation", "product"] = "correlation",
+    memory: float = math.inf,
 ) -> dict[str, Tensor]:
     """By space the similarities (n, m) that `align(features=...)` takes; the mean over all places where it is read.
 
     A batch is an input of both networks, or a `Pair`. Both run in evaluation mode, without gradients. Spaces that no
-    linear layer or convolution reads alone are left out. Raises ValueError where there is no data.
+    linear layer or convolution reads alone are left out. Where sums of all places take more than `memory` bytes, the
+    batches are gone through several times, so they must be there again (a list). Raises ValueError where there is no
+    data.
     """
-    found = moments(target, donor, target_spaces, donor_spaces, batches)
-    return {name: torch.stack([activations(one, kind=kind) for one in many]).mean(0) for name, many in found.items()}
+    places = streamed(target, donor, target_spaces, donor_spaces, lambda: batches, memory)
+    return {
+        name: mean_of(activations(one, kind=kind) for _, one in many) for name, many in groupby(places, itemgetter(0))
+    }
+
+
+def mean_of(tables: Iterable[Tensor]) -> Tensor:
+    """The mean of tables of one shape, of which one is held beside their sum."""
+    total, count = torch.zeros(()), 0
+    for table in tables:
+        total, count = table + total.to(table), count + 1
+    return total / count
 
 
 def moments(
     target: nn.Module, donor: nn.Module, target_spaces: Spaces, donor_spaces: Spaces, batches: Iterable[Any]
 ) -> dict[str, list[Moments]]:
     """By space the moments at each place where both networks read it."""
-    places = taps(target, target_spaces), taps(donor, donor_spaces)
-    both = {
-        name: [(tap, places[1][name][key]) for key, tap in own.items() if key in places[1][name]]
-        for name, own in places[0].items()
-        if name in places[1]
-    }
-    both = {name: pairs for name, pairs in both.items() if pairs}
-    found = {name: [Moments(name=f"what {one.module} reads") for one, _ in pairs] for name, pairs in both.items()}
-    names = [{pair[side].module for pairs in both.values() for pair in pairs} for side in (0, 1)]
-    for batch in batches:
-        pair = batch if isinstance(batch, Pair) else Pair(batch, batch)
-        seen = [
-            inputs_of(module, given, which)
-            for module, given, which in zip((target, donor), (pair.target, pair.donor), names)
-        ]
-        for name, many in found.items():
-            for one, (first, second) in zip(many, both[name]):
+    found: dict[str, list[Moments]] = {}
+    for name, one in streamed(target, donor, target_spaces, donor_spaces, lambda: batches):
+        found.setdefault(name, []).append(one)
+    return found
+
+
+def streamed(
+    target: nn.Module,
+    donor: nn.Module,
+    target_spaces: Spaces,
+    donor_spaces: Spaces,
+    batches: Callable[[], Iterable[Any]],
+    memory: float = math.inf,
+    leave: Container[str] = (),
+) -> Iterator[tuple[str, Moments]]:
+    """A space and the moments at one place where both networks read it, for place after place, a space's together.
+
+    Those of as many places as fit into `memory` bytes (one at least) are summed in one pass over the batches, whatever
+    that number the same bits. Spaces in `leave` are left out. Raises ValueError where there is no data.
+    """
+    taken = taps(target, target_spaces), taps(donor, donor_spaces)
+    places = [
+        (name, tap, taken[1][name][key])
+        for name, own in taken[0].items()
+        if name in taken[1] and name not in leave
+        for key, tap in own.items()
+        if key in taken[1][name]
+    ]
+    for window in _windows(places, memory):
+        found = [Moments(name=f"what {one.module} reads") for _, one, _ in window]
+        for batch in batches():
+            pair = batch if isinstance(batch, Pair) else Pair(batch, batch)
+            seen = [
+                inputs_of(target, pair.target, {one.module for _, one, _ in window}),
+                inputs_of(donor, pair.donor, {other.module for _, _, other in window}),
+            ]
+            for one, (_, first, second) in zip(found, window):
                 x, y = _rows(target, seen[0], first), _rows(donor, seen[1], second)
                 x = x if pair.target_rows is None else x[pair.target_rows.to(x.device)]
                 one.update(x, y if pair.donor_rows is None else y[pair.donor_rows.to(y.device)])
-    if any(one.count == 0 for many in found.values() for one in many):
-        raise ValueError("no samples: the batches are empty")
-    return found
+        if any(one.count == 0 for one in found):
+            raise ValueError("no samples: the batches are empty, or an iterator that is used up (give a list)")
+        for name, _, _ in window:
+            yield name, found.pop(0)
+
+
+Place = tuple[str, Tap, Tap]  # a space, where the target reads it, where the donor does
+
+
+def _windows(places: Sequence[Place], memory: float) -> Iterator[list[Place]]:
+    """The places in their order, together those whose sums fit."""
+    window: list[Place] = []
+    held = 0
+    for place in places:
+        needed = 8 * math.prod(tap.size // tap.inner for tap in place[1:])  # float64, for each pair of units
+        if window and held + needed > memory:
+            yield window
+            window, held = [], 0
+        window, held = [*window, place], held + needed
+    if window:
+        yield window
 
 
 def inputs_of(module: nn.Module, given: Any, names: Iterable[str]) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ def align(
     among: list[str] | None = None,
     spaces: list[str] | None = None,
     untie: bool = False,
+    repair: bool = False,
+    memory: str = "4GiB",
     shard_size: str = "5GB",
 ) -> None:
     """The donor's weights in the names, sizes, units and tokenizer of `target`; what has no counterpart is the target's
@@ -33,13 +35,16 @@ def align(
     wherever a linear layer reads them, and tokens may then be other ones. `spaces` are globs of those that may move.
     `among` are several models of one size, target and donor too: the donor goes through the universe of all of them, so
     that the result does not depend on their order. `untie` gives the result a head of its own where the target's is
-    tied, so that norm gains fold and the stream may rotate.
+    tied, so that norm gains fold and the stream may rotate. `repair` gives units that are means of several the
+    deviations that theirs have on `data`; of permutations it changes nothing. Sums over pairs of units that take more
+    than `memory` are made in several passes over the data.
     """
     if job.rank != 0:
         return
     from fusion import words
     from fusion._align import aligned, likeness, pair_of, written
     from fusion._align_metrics import report
+    from fusion._align_repair import repaired
     from fusion._align_report import Alignment
     from fusion._among import through_universe
     from fusion._features import described
@@ -48,17 +53,21 @@ def align(
     seen = words.parse("features", features, f"{job.place}.features")[0] != "weights"
     pair = pair_of(job, target, donor, untie, spaces, text=seen)
     layers = likeness(job, pair, data) if pair.deeper else None
-    units = described(job, pair, features, data, layers)
+    units = described(job, pair, features, data, layers, bytes_of(memory, f"{job.place}.memory"))
     word, params = words.parse("match", match, f"{job.place}.match")
     through = through_universe(job, pair, among, spaces, sweeps) if among else None
     maps, tensors = aligned(pair, word, params, layers, sweeps, job.seed, units, through)
+    factors = None
+    if repair:
+        assert data is not None, "check asks for it"
+        tensors, factors = repaired(job, pair, maps, tensors, data)
     (job.directory / "extras").mkdir(
         exist_ok=True
     )  # apart from the weights, which are all safetensors beside the config
     maps.save(job.directory / "extras" / "maps.safetensors")
     written(job, pair, tensors, bytes_of(shard_size, f"{job.place}.shard_size"))
     found = {"target": target, "donor": donor, "match": word, "params": params, **({"among": among} if among else {})}
-    found |= report(pair, maps, tensors, layers, units)
+    found |= report(pair, maps, tensors, layers, units) | ({} if factors is None else {"repaired": factors})
     job.measured(found)
     for sentence in Alignment(out, target, donor, word, found).sentences:
         print(sentence, flush=True)

@@ -1,6 +1,7 @@
 """Units kept apart: all of them are the ensemble, none is the average; budgets, least squares between, bad input."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -78,6 +79,14 @@ def test_the_least_alike_go_apart_by_what_they_cost():
     assert spend(spaces, alike, positions, 34.9 / 24) == {"hidden.0": 1, "hidden.1": 0}
     assert spend(spaces, alike, positions, 35 / 24) == {"hidden.0": 1, "hidden.1": 1}
     assert spend(spaces, alike, positions, 4) == {"hidden.0": 1, "hidden.1": 2}
+    for budget in range(24, 60):  # as good as the best of all choices
+        counts = spend(spaces, alike, positions, budget / 24)
+        fits = [
+            one + 0.5 * two
+            for one, two in product(range(2), range(3))
+            if 4 + one + (4 + one) * (4 + two) + 4 + two <= budget
+        ]
+        assert counts["hidden.0"] + 0.5 * counts["hidden.1"] == max(fits), budget
 
 
 def test_bad_input_gets_a_sentence():

@@ -1,7 +1,7 @@
 """Pairs of MLPs trained from two seeds on scikit-learn's digits, combined by every means: accuracy, mean and spread.
 
     pip install -e '.[bench]'
-    python -m tests.bench.digits [--pairs 10] [--seconds 500]
+    python -m tests.bench.digits [--pairs 10] [--seconds 500] [--widths]        (--widths: only those of other widths)
 
 1,297 of the 1,797 images are for training (and for activations), 500 for testing; both networks of a pair see the same.
 """
@@ -9,6 +9,7 @@
 import argparse
 import copy
 import time
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -17,7 +18,9 @@ from alignment import Maps, align, refine, trace, universe
 from alignment.apart import partly
 from alignment.features.activations import collect
 from alignment.least_squares import least_squares
-from alignment.repair import repair
+from alignment.match.sinkhorn import sinkhorn
+from alignment.repair import carried as deviations
+from alignment.repair import repair, restore
 from alignment.zip import zip_networks
 from tests.plain_networks import MLP
 
@@ -155,6 +158,32 @@ def widths(wide, small, train, test):
     return found
 
 
+def narrowed(small, wide, train, test):
+    """A network of twice the width in the small one's units, by means of its units; with their deviations restored."""
+    tables, batches = [trace(one, train[0][:2]) for one in (small, wide)], list(train[0].split(256))
+    states, module, found = [dict(one.state_dict()) for one in (small, wide)], copy.deepcopy(small), {}
+
+    def score(tensors):
+        module.load_state_dict(tensors)
+        with torch.no_grad():
+            return accuracy(module(test[0]), test[1])
+
+    with torch.no_grad():
+        found["the wide network"] = accuracy(wide(test[0]), test[1])
+    features = collect(small, wide, *tables, batches)
+    for say, match in (("exact transport", "emd"), ("sinkhorn, epsilon 0.01", partial(sinkhorn, epsilon=0.01))):
+        maps = align(*states, *tables, match=match, features=features)
+        tensors = maps.carry(states[1], into=states[0])
+        for repaired in (False, True):
+            if repaired:
+                module.load_state_dict(tensors)
+                restore(module, deviations(maps, module, wide, batches), batches)
+                tensors = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            found[f"carried, {say}{', repaired' * repaired}"] = score(tensors)
+            found[f"average of both, {say}{', repaired' * repaired}"] = score(mean([states[0], tensors]))
+    return found
+
+
 def table(results):
     for name in results[0]:
         values = torch.tensor([one[name] for one in results])
@@ -165,17 +194,21 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--widths", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    start, (train, test), same, several, other = time.perf_counter(), digits(), [], [], []
+    start, (train, test), same, several, other, less = time.perf_counter(), digits(), [], [], [], []
     for number in range(given.pairs):
         first, second = (trained(2 * number + seed, train) for seed in (0, 1))
-        same.append(pair(first, second, train, test))
-        several.append(triple([first, second, trained(2000 + number, train)], train, test))
-        other.append(widths(first, trained(1000 + number, train, SMALL), train, test))
+        if not given.widths:
+            same.append(pair(first, second, train, test))
+            several.append(triple([first, second, trained(2000 + number, train)], train, test))
+        small = trained(1000 + number, train, SMALL)
+        other.append(widths(first, small, train, test))
+        less.append(narrowed(small, first, train, test))
         if time.perf_counter() - start > given.seconds:
             break
-    print(f"{len(same)} pairs, {time.perf_counter() - start:.0f} s")
-    table(same)
-    table(several)
-    table(other)
+    print(f"{len(other)} pairs, {time.perf_counter() - start:.0f} s")
+    for results in (same, several, other, less):
+        if results:
+            table(results)
