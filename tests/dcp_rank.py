@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fusion.online import OnlineMerge
 from tests.online_rank import Net, data, groups, start
+from tests.processes import leave
 
 CASES = ("ties:1", "dare:1", "dare:4")  # method:every
 
@@ -65,8 +66,7 @@ def main() -> None:
         found |= {f"{what}/{name}": weight.full_tensor().detach() for name, weight in net.named_parameters()}
     if rank == 0:
         save_file({name: weight.contiguous() for name, weight in found.items()}, folder / f"{last}-of-{world}")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from fusion.checkpoint import open_source
 from fusion.online import MergeWithCallback, merge_into
 from tests.online_rank import data, groups, start
+from tests.processes import leave
 
 CASES: dict[str, tuple[list[float] | None, dict[str, Any]]] = {
     "linear": ([0.5, 0.25, 0.25], {}),
@@ -136,8 +137,7 @@ def main() -> None:
         (folder / f"refused-{rank}.json").write_text(json.dumps(refusals(kind, folder, rank, world)))
     if rank == 0:
         save_file(out, folder / f"{kind}-{dtype}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from fusion.online import OnlineMerge
+from tests.processes import leave
 
 STEPS, BATCH = 8, 12
 DEEPSPEED = ("zero", "bf16")
@@ -147,8 +148,7 @@ def main() -> None:
     if rank == 0:
         save_file(found, file)
     if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.processes import leave
+
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -129,5 +131,4 @@ def zero(folder: Path) -> None:
 
 if __name__ == "__main__":
     {"dcp": dcp, "zero": zero}[sys.argv[1]](Path(sys.argv[2]))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
