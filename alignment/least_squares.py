@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from alignment._evaluation import evaluating
 from alignment.repair import layers, reset_statistics, run
 from alignment.spaces import Spaces
 from alignment.zip import placed
@@ -120,11 +121,10 @@ def _order(module: nn.Module, batch: Any) -> tuple[list[str], list[str]]:
         module.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
         for name in layers(module)
     ]
-    training = module.training
     try:
-        run(module.eval(), [batch])
+        with evaluating(module):
+            run(module, [batch])
     finally:
-        module.train(training)
         for hook in hooks:
             hook.remove()
     skipped = []
@@ -173,24 +173,22 @@ def _solved(
         lambda one, args, out: seen.append((_rows(one, args[0].detach(), bias is not None), _outputs(one, out)))
     )
     ways, ones = [places.get((f"{name}.weight", role)) for role in ("r", "w")], (int(bias is not None), 0)
-    training = module.training
-    module.eval()
     try:
-        for batch in batches:
-            seen.clear()
-            for tensors in [*networks, merged] if inputs == "merged" else networks:
-                run(module, [batch], tensors)
-            if inputs == "own":
-                for share, (x, y) in zip(weights, seen):
-                    normal.update(x, y, share)
-                continue
-            own = seen[: len(networks)]
-            xs, ys = ([_placed(pair[n], ways[n], k, ones[n]) for k, pair in enumerate(own)] for n in (0, 1))
-            mean = seen[-1][0] if inputs == "merged" else _mean(xs, weights)
-            normal.update(mean, _mean(ys, weights))
+        with evaluating(module):
+            for batch in batches:
+                seen.clear()
+                for tensors in [*networks, merged] if inputs == "merged" else networks:
+                    run(module, [batch], tensors)
+                if inputs == "own":
+                    for share, (x, y) in zip(weights, seen):
+                        normal.update(x, y, share)
+                    continue
+                own = seen[: len(networks)]
+                xs, ys = ([_placed(pair[n], ways[n], k, ones[n]) for k, pair in enumerate(own)] for n in (0, 1))
+                mean = seen[-1][0] if inputs == "merged" else _mean(xs, weights)
+                normal.update(mean, _mean(ys, weights))
     finally:
         hook.remove()
-        module.train(training)
     found = normal.solve(start, ridge)
     out = {f"{name}.weight": found[:, : start.shape[1] - (bias is not None)].reshape(weight.shape).to(weight)}
     if bias is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from alignment._balance import blocks_of
 from alignment._descent import Descent
+from alignment._evaluation import evaluating
 from alignment._frank_wolfe import movable
 from alignment.align import align
 from alignment.maps import Maps
@@ -70,25 +71,23 @@ def refine(
         with torch.no_grad():
             return sum(float(halfway(matched, batch)) for batch in batches) / len(batches)
 
-    training = module.training
-    module.eval()
-    maps = best = Maps(table, table, {})
-    least = tried(maps)
-    for _ in range(epochs):
-        for number in torch.randperm(len(batches), generator=generator).tolist():
-            held = {**own, **{name: one.detach() for name, one in free.items()}}
-            descent = Descent(table, blocks_of(table, held), blocks, hungarian, {}, maps=dict(maps.maps))
-            descent.run(5, seed)
-            maps = Maps(table, table, descent.maps)
-            matched = maps.carry(carried)
-            through = {name: matched[name] + one - one.detach() for name, one in free.items()}
-            optimizer.zero_grad()
-            halfway({**matched, **through}, batches[number]).backward()
-            optimizer.step()
-        found = tried(maps)
-        if found < least:
-            best, least = maps, found
-    module.train(training)
+    with evaluating(module):
+        maps = best = Maps(table, table, {})
+        least = tried(maps)
+        for _ in range(epochs):
+            for number in torch.randperm(len(batches), generator=generator).tolist():
+                held = {**own, **{name: one.detach() for name, one in free.items()}}
+                descent = Descent(table, blocks_of(table, held), blocks, hungarian, {}, maps=dict(maps.maps))
+                descent.run(5, seed)
+                maps = Maps(table, table, descent.maps)
+                matched = maps.carry(carried)
+                through = {name: matched[name] + one - one.detach() for name, one in free.items()}
+                optimizer.zero_grad()
+                halfway({**matched, **through}, batches[number]).backward()
+                optimizer.step()
+            found = tried(maps)
+            if found < least:
+                best, least = maps, found
     return Maps(spaces, spaces, best.maps).after(first)
 
 

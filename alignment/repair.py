@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from alignment._acts import Map, Matrix, Plan, act, missing
+from alignment._evaluation import evaluating
 from alignment.maps import Maps
 from alignment.spaces import Axis, Part
 
@@ -32,17 +33,15 @@ def reset_statistics(module: nn.Module, batches: Iterable[Any]) -> None:
     Raises ValueError where there is no batch.
     """
     norms = [one for one in module.modules() if isinstance(one, _BatchNorm) and one.track_running_stats]
-    training, momenta = [(one, one.training) for one in module.modules()], [one.momentum for one in norms]
-    module.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
+    momenta = [one.momentum for one in norms]
     try:
-        count = run(module, batches)
+        with evaluating(module):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            count = run(module, batches)
     finally:
-        for one, state in training:
-            one.training = state
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
     if not count:
@@ -181,11 +180,10 @@ def output_moments(
         module.get_submodule(name).register_forward_hook(lambda layer, _, out, name=name: see(name, layer, out))
         for name in (layers(module) if names is None else names)
     ]
-    training = module.training
     try:
-        run(module.eval(), batches)
+        with evaluating(module):
+            run(module, batches)
     finally:
-        module.train(training)
         for hook in hooks:
             hook.remove()
     if not sums:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from alignment._evaluation import evaluating
 from alignment.spaces import Spaces
 
 __all__ = ["Moments", "Pair", "activations", "collect", "streamed", "taps"]
@@ -265,16 +266,13 @@ def inputs_of(module: nn.Module, given: Any, names: Iterable[str]) -> dict[str, 
         )
         for name in names
     ]
-    training = module.training
     try:
-        with torch.no_grad():
-            module.eval()
+        with torch.no_grad(), evaluating(module):
             if isinstance(given, Mapping):
                 module(**given)
             else:
                 module(*given) if isinstance(given, tuple | list) else module(given)
     finally:
-        module.train(training)
         for hook in hooks:
             hook.remove()
     return seen

@@ -115,3 +115,13 @@ def test_repaired_units_have_the_mean_of_means_and_deviations(make, data):
         repair(merged, states, batches, [1.0])
     with pytest.raises(ValueError, match="no samples"):
         repair(merged, states, [])
+
+
+def test_a_frozen_layer_stays_frozen():
+    """A BatchNorm in evaluation mode inside a network in training mode is so afterwards, too."""
+    merged, _, states = twins(lambda: ResNet((6, 8), 1))
+    next(one for one in merged.train().modules() if isinstance(one, nn.BatchNorm2d)).eval()
+    modes = [one.training for one in merged.modules()]
+    assert modes.count(False) == 1
+    least_squares(merged, states, [image(1, 8, 30).double()])
+    assert [one.training for one in merged.modules()] == modes
