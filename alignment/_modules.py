@@ -20,7 +20,7 @@ NORMS: dict[type, str] = {
 }
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-WORDS = {"LeakyReLU": "leaky_relu", "RReLU": "rrelu", "LogSigmoid": "logsigmoid", "LogSoftmax": "log_softmax"}
+WORDS = {"LeakyReLU": "leaky_relu", "LogSoftmax": "log_softmax"}
 SPATIAL = ("Pool", "Pad", "Upsample")
 
 

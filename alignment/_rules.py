@@ -8,7 +8,7 @@ from typing import Any
 from alignment._layout import Layout, Stored, still
 from alignment._units import Dim, Unit, freeze, join, limit, narrow, regroup, resolve
 
-POSITIVE = {"relu", "leaky_relu", "rrelu", "relu_"}
+POSITIVE = {"relu", "leaky_relu", "rrelu"}
 ODD = {"tanh", "sin", "atan", "erf", "asinh", "softsign", "hardshrink", "softshrink"}
 PLAIN = {"gelu", "silu", "sigmoid", "elu", "selu", "celu", "mish", "softplus", "hardswish", "hardsigmoid", "hardtanh"}
 PLAIN |= {"relu6", "exp", "log", "sqrt", "rsqrt", "abs", "square", "pow", "clamp", "logsigmoid", "log_softmax", "cos"}
@@ -17,7 +17,6 @@ SAME = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feat
 SAME |= {"to", "float", "double", "detach", "clone", "neg", "type", "type_as", "positive", "cpu"}
 SHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel"}
 BINARY = {"add", "sub", "mul", "truediv", "div", "rsub"}
-NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"}
 
 
 def elementwise(name: str, x: Layout) -> Layout | None:
@@ -103,7 +102,7 @@ def convolution(
             limit([channels, out])  # scales within groups are left alone
         weight.piece.hold(0, out, "e" if inputs == outputs == 1 else "w")
         weight.piece.hold(1, [(inner[0],)], "r")
-    dims = [*x.dims[: -spatial - 1], _biased(out, bias), *length_dims(shape[-spatial:])]
+    dims = [*x.dims[: -spatial - 1], _biased(out, bias), *still(shape[-spatial:]).dims]
     return Layout(tuple(shape), dims)
 
 
@@ -129,17 +128,12 @@ def normalised(
     return x.take(x.dims)
 
 
-def length_dims(shape: Sequence[int]) -> list[Dim]:
-    """Axes on which nothing moves."""
-    return [[(count,)] for count in shape]
-
-
 def spatial(x: Layout, shape: Sequence[int], axes: int, positive: bool) -> Layout:
     """Pooling, padding or resizing of the last axes."""
     freeze(*x.dims[len(x.dims) - axes :])
     if positive:
         limit(x.dims, scales=True, signs=False)
-    return Layout(tuple(shape), [*x.dims[:-axes], *length_dims(shape[-axes:])])
+    return Layout(tuple(shape), [*x.dims[:-axes], *still(shape[-axes:]).dims])
 
 
 def reduced(name: str, x: Layout, axes: Sequence[int], keep: bool, shape: Sequence[int]) -> Layout:

@@ -86,16 +86,22 @@ def mixed(space: Space, other: Space, target: Spaces, donor: Spaces) -> str:
     return ""
 
 
-def _rotary(spaces: Spaces) -> dict[str, Any]:
-    """What a config says about rotary frequencies, in one spelling."""
+def _rotary(spaces: Spaces) -> dict[str, dict[str, Any]]:
+    """What a config says about rotary frequencies, by type of layer where types differ, in one spelling."""
     config: dict[str, Any] = json.loads(spaces.config) if spaces.config else {}
-    found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    found = {name: value for name, value in found.items() if value not in (None, "default")}
-    found.pop("partial_rotary_factor", None)  # how many coordinates turn is the space's size
-    found.setdefault("rope_theta", config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0)
-    if config.get("rope_local_base_freq") is not None:
-        found["local"] = config["rope_local_base_freq"]
-    return found
+    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    types = {name: one for name, one in given.items() if isinstance(one, dict)} or {"full_attention": given}
+    local = config.get("rope_local_base_freq")
+    if local is not None:
+        types.setdefault("sliding_attention", {"rope_theta": local})
+    base = config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0
+    return {name: {"rope_theta": base, **_frequencies(one)} for name, one in types.items()}
+
+
+def _frequencies(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of one type's parameters says how fast coordinates turn; how many do is the space's size."""
+    found = {"rope_type" if name == "type" else name: value for name, value in given.items()}
+    return {n: v for n, v in found.items() if n != "partial_rotary_factor" and v not in (None, "default")}
 
 
 def comparable(

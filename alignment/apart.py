@@ -25,7 +25,7 @@ from alignment.zip import joined, zippable
 __all__ = ["keep_apart", "likeness", "partly", "spend"]
 
 EQUAL = 1e-6  # of a correlation: units that differ by less have no need of each other
-LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d
+LAYERS = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def partly(
@@ -53,7 +53,7 @@ def partly(
     found = [moments(copies[0], other, spaces, spaces, batches) for other in copies[1:]]
     free = [name for name in zippable(spaces) if name in found[0]]
     alike = {name: likeness([one for many in found for one in many[name]]) for name in free}
-    apart = spend(spaces, alike, _positions(copies[0].eval(), batches[0]), flops, len(networks))
+    apart = spend(spaces, alike, _positions(copies[0].eval(), spaces, batches[0]), flops, len(networks))
     groups = {name: keep_apart(alike[name], count, len(networks)) for name, count in apart.items() if count}
     sizes = {name: int(unit.max()) + 1 for name, unit in groups.items()}
     wide = joined(spaces, networks, groups, into=_sized(spaces, sizes))
@@ -117,16 +117,18 @@ def spend(
         spent = price
 
 
-def _positions(module: nn.Module, batch: Any) -> dict[str, int]:
-    """By weight how often a layer is applied to one sample."""
+def _positions(module: nn.Module, spaces: Spaces, batch: Any) -> dict[str, int]:
+    """By weight how often it is applied to one sample, in all places that share it."""
     found: dict[str, int] = {}
+    origin = dict(spaces.ties)
     hooks = []
     for name, layer in module.named_modules():
         if isinstance(layer, LAYERS):
 
             def seen(one: nn.Module, _: Any, out: Tensor, name: str = name) -> None:
                 units = out.shape[-1] if isinstance(one, nn.Linear) else out.shape[1]
-                found[f"{name}.weight"] = out.numel() // (units * len(out))
+                weight = origin.get(f"{name}.weight", f"{name}.weight")
+                found[weight] = found.get(weight, 0) + out.numel() // (units * len(out))
 
             hooks.append(layer.register_forward_hook(seen))
     run(module, [batch])
@@ -164,6 +166,7 @@ def _sized_part(part: Part, sizes: Mapping[str, int]) -> Part:
 def _wider(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the module with these tensors, whatever their sizes."""
     made = copy.deepcopy(module)
+    grown: dict[int, nn.Parameter] = {}  # by the parameter before, which several layers may share
     for name, tensor in tensors.items():
         stem, _, leaf = name.rpartition(".")
         owner, held = made.get_submodule(stem), made.state_dict()[name]
@@ -171,14 +174,15 @@ def _wider(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             continue
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = tensors[f"{stem}.weight"].shape
-        elif isinstance(owner, nn.Conv1d | nn.Conv2d) and owner.groups == 1:
+        elif isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d) and owner.groups == 1:
             owner.out_channels, owner.in_channels = tensors[f"{stem}.weight"].shape[:2]
         elif isinstance(owner, _BatchNorm):
             owner.num_features = len(tensor)
         else:
             raise ValueError(f"apart: {name} would be {tuple(tensor.shape)}, and a {type(owner).__name__} cannot grow")
         if leaf in dict(owner.named_parameters(recurse=False)):
-            owner.register_parameter(leaf, nn.Parameter(torch.empty_like(tensor)))
+            shared = grown.setdefault(id(made.get_parameter(name)), nn.Parameter(torch.empty_like(tensor)))
+            owner.register_parameter(leaf, shared)
         else:
             owner.register_buffer(leaf, torch.empty_like(tensor))
     made.load_state_dict(dict(tensors))

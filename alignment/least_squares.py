@@ -84,7 +84,8 @@ def least_squares(
     are the weighted means of the networks' own outputs of a layer; its inputs are those of the `merged` prefix, solved
     already, the `mean` of the networks' (PLeaS), or each network's `own`, with its own outputs (RegMean). Statistics of
     BatchNorm are reset on the way. A larger `ridge` keeps weights nearer the average. Returns the layers that keep
-    their average: convolutions with groups, and those that run more than once. Raises ValueError for other words.
+    their average: convolutions with groups, and those whose weights are used more than once. Raises ValueError for
+    other words.
 
     With `groups` (and the `spaces` that they are of) the module has other units than the networks, as
     `alignment.apart.partly` makes it: targets of a merged unit are the mean of its units' outputs.
@@ -127,12 +128,12 @@ def _order(module: nn.Module, batch: Any) -> tuple[list[str], list[str]]:
     finally:
         for hook in hooks:
             hook.remove()
-    skipped = []
+    skipped, weights = [], [id(module.get_submodule(name).weight) for name in called]
     for name in dict.fromkeys(called):
         layer = module.get_submodule(name)
         plain = isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
         grouped = isinstance(layer, nn.Conv1d | nn.Conv2d) and (layer.groups > 1 or layer.padding_mode != "zeros")
-        if not plain or grouped or called.count(name) > 1:
+        if not plain or grouped or weights.count(id(layer.weight)) > 1:
             skipped.append(name)
     return [name for name in dict.fromkeys(called) if name not in skipped], skipped
 

@@ -5,11 +5,39 @@ from itertools import product
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from alignment import trace
 from alignment.apart import keep_apart, partly, spend
 from alignment.least_squares import least_squares
 from tests.plain_networks import MLP, VGG, Grouped, ResNet, image, randomised
+
+
+class Shared(nn.Module):
+    """A layer in two places: the same module called twice, or another one with its weights."""
+
+    def __init__(self, twins):
+        super().__init__()
+        self.first, self.again, self.head = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.twin = nn.Linear(6, 6) if twins else self.again
+        self.twin.weight, self.twin.bias = self.again.weight, self.again.bias
+
+    def forward(self, x):
+        return self.head(F.relu(self.twin(F.relu(self.again(F.relu(self.first(x)))))))
+
+
+class Voxels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv3d(2, 5, 3, padding=1), nn.BatchNorm3d(5), nn.Conv3d(5, 4, 2)
+
+    def forward(self, x):
+        return self.two(F.relu(self.norm(self.one(x))))
+
+
+def voxels(count):
+    return torch.randn(count, 2, 3, 3, 3, generator=torch.Generator().manual_seed(0))
 
 
 def pair(make, seeds=(0, 1)):
@@ -26,8 +54,11 @@ def pair(make, seeds=(0, 1)):
         (lambda: MLP(8, (12, 9)), image(1, 8, 50)[:, 0, 0]),
         (VGG, image(3, 8, 30)),
         (lambda: ResNet((6, 8), 1), image(1, 8, 30)),
+        (lambda: Shared(False), image(1, 8, 50)[:, 0, 0]),
+        (lambda: Shared(True), image(1, 8, 50)[:, 0, 0]),
+        (Voxels, voxels(30)),
     ],
-    ids=["mlp", "vgg", "resnet"],
+    ids=["mlp", "vgg", "resnet", "called twice", "twins", "voxels"],
 )
 def test_all_units_apart_are_the_mean_of_outputs(make, data):
     data = data.double()
@@ -64,6 +95,28 @@ def test_a_budget_is_kept_and_spent():
     assert errors[0] > errors[1] > errors[2]
     same, groups = partly(made[0], spaces, [states[0], states[0]], [data], flops=2.0)
     assert groups == {} and same(data).equal(made[0](data))  # units that agree need no second one
+
+
+@pytest.mark.parametrize("twins", [False, True], ids=["called twice", "twins"])
+def test_a_layer_in_two_places_is_paid_for_twice_and_stays_one(twins):
+    data = image(1, 8, 50)[:, 0, 0].double()
+    made, states = pair(lambda: Shared(twins))
+    spaces = trace(made[0], data[:2])
+    for flops in (1.3, 1.7, 2.4):  # one network: 8 * 6 + 2 * 6 * 6 + 6 * 3 multiplications
+        wide, groups = partly(made[0], spaces, states, [data], flops=flops)
+        n, _ = wide.first.weight.shape
+        assert n > 6 and n * (8 + 2 * n + 3) <= flops * 138 < (n + 1) * (8 + 2 * (n + 1) + 3)
+        assert wide.twin.weight is wide.again.weight and wide.twin.bias is wide.again.bias
+    left = least_squares(wide, states, [data], spaces=spaces, groups=groups)
+    assert left == (["again", "twin"] if twins else ["again"])
+    assert wide.twin.weight is wide.again.weight
+
+
+def test_convolutions_in_space_count_and_grow():
+    data = voxels(30).double()
+    made, states = pair(Voxels)
+    wide, groups = partly(made[0], trace(made[0], data[:2]), states, [data], flops=1.5)
+    assert wide.one.out_channels == wide.two.in_channels == wide.norm.num_features == 7  # 1.4 times, 1.6 is too much
 
 
 def test_the_least_alike_go_apart_by_what_they_cost():

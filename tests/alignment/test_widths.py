@@ -243,6 +243,33 @@ def test_embeddings_mean_the_same_in_a_family_that_multiplies_them():
     same(again[name], tensors[name])
 
 
+def test_frequencies_of_each_type_of_layer_in_either_spelling():
+    """Files of Gemma 3 give the base of global layers and that of local ones, or both by the type of layer."""
+    config, _, _ = made("gemma3_text", GEMMA)
+    plain = {name: value for name, value in config.items() if name != "rope_parameters"}
+    old = {**plain, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+
+    def new(everywhere, local):
+        kinds = {"full_attention": everywhere, "sliding_attention": local}
+        return {
+            **plain,
+            "rope_parameters": {n: {"rope_type": "default", "rope_theta": base} for n, base in kinds.items()},
+        }
+
+    assert compare(find_family(old), find_family(new(1e6, 1e4)), False, False) == {}
+    for other in (new(1e6, 2e4), new(5e5, 1e4), {**old, "rope_local_base_freq": 2e4}):
+        assert "other frequencies" in compare(find_family(old), find_family(other), False, False)["layers.0.qk"]
+        with pytest.raises(ValueError, match="turn at other frequencies"):
+            widen(find_family(old), find_family(other))
+    scaled = {"rope_theta": 5e5, "factor": 8.0}
+    config, _, _ = made("llama", LLAMA)
+    config = {name: value for name, value in config.items() if name != "rope_parameters"}
+    before = {**config, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 8.0}}
+    now = {**config, "rope_parameters": {"rope_type": "linear", **scaled}}
+    assert compare(find_family(before), find_family(now), False, False) == {}
+    assert compare(find_family(config), find_family(now), False, False)
+
+
 def test_what_attention_divides_by_is_not_guessed():
     """A widening whose queries and keys would meet other frequencies, or another root, is refused."""
     config, tensors, _ = made("llama", LLAMA)
