@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fusion.plan import View
 
 REWARDED = ("grpo", "rloo")
+KL = {"grpo": 0.0, "rloo": 0.05}  # TRL's own beta, where a recipe gives none
 MODELS = ("base", "reference")
 
 
@@ -80,7 +81,7 @@ def _rewards(view: View) -> None:
 
 
 def _online_merge(view: View, given: Mapping[str, Any]) -> None:
-    from fusion.online.settings import Extras, OnlineMerge
+    from fusion.online.settings import Extras, OnlineMerge, refuse_below_adapter
 
     place = f"{view.place}.online_merge"
     own, extra = ([field.name for field in fields(kind)] for kind in (OnlineMerge, Extras))
@@ -96,15 +97,17 @@ def _online_merge(view: View, given: Mapping[str, Any]) -> None:
     reference = given.get("reference") or view.fields["model"]
     if reference == given["base"]:
         raise ValueError(f"{place}: reference and base are both '{reference}', so there is nothing to merge")
-    if view.fields["peft"]:
+    algorithm, train = view.fields["algorithm"], view.fields["train"] or {}
+    if view.fields["peft"] and algorithm in REWARDED and train.get("beta", KL[algorithm]):
         raise ValueError(
-            f"{place}: peft trains the factors of a fresh adapter, which have no task vector: the reference's change "
-            f"lies in the weights below; leave one of the two out, or train the reference's own adapter further with "
-            f"OnlineMergeCallback (docs/online_merging.md)"
+            f"{place}: {algorithm}'s KL term asks the network without its adapter, and online merging changes what "
+            f"lies below it; set train: {{beta: 0.0}}, or leave peft out"
         )
     try:
-        OnlineMerge(**{"seed": view.recipe.seed} | {name: given[name] for name in own if name in given})
-        Extras(**{name: given[name] for name in extra if name in given})
+        merge = OnlineMerge(**{"seed": view.recipe.seed} | {name: given[name] for name in own if name in given})
+        extras = Extras(**{name: given[name] for name in extra if name in given})
+        if view.fields["peft"]:
+            refuse_below_adapter(merge, extras)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{place}: {error}") from None
     _shapes(view, given["base"], reference, place)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fusion.online import MergeGroupsCallback
+from tests.processes import leave
 from tests.test_online_callback import Weights, trainer
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     run.train(resume_from_checkpoint=str(folder / "checkpoints" / f"checkpoint-{resume}") if resume != "0" else None)
     found = {f"{step}/{name}": w for step, one in enumerate(weights.seen) for name, w in one.items()}
     save_file(found | {"seen": torch.stack(seen)}, folder / f"{method}-{resume}-{rank}.safetensors")
+    leave()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from fusion.merge import merge_tensors
 from fusion.merge._draw import Draw
 from fusion.online import OnlineMerge
+from tests.bench.online_memory import allocated
 
 GOLDEN = Path(__file__).parent / "golden" / "online_merging"
 CASES = json.loads(GOLDEN.with_suffix(".json").read_text())["cases"]
@@ -272,3 +273,42 @@ def test_shards_that_are_copied_too_are_refused():
             OnlineMerge("dare", alpha=0.5, density=0.5).attach(optimizer, [("w", weight)], {"w": torch.ones(4, 2)})
     finally:
         destroy_process_group()
+
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_pinned_task_vectors_give_the_same_bits(method, device):
+    """On the CPU they stay where they are; of a GPU's weights they lie in the host's pinned memory."""
+    found = []
+    for pinned in (False, True):
+        model = network().to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        merge = OnlineMerge(method, alpha=0.1, density=0.5, pinned=pinned)
+        halves = {name: vector.bfloat16() for name, vector in vectors(model).items()}
+        handle = merge.attach(optimizer, model.named_parameters(), halves)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        found.append([p.detach().cpu() for p in model.parameters()])
+        kept = list(handle.vectors.values())
+        assert all(v.dtype == torch.bfloat16 for v in kept)
+        assert {v.device.type for v in kept} == {"cpu" if pinned else device}
+        assert all(v.is_pinned() == (pinned and device == "cuda") for v in kept)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_a_step_takes_four_bytes_a_parameter_and_no_more_for_many_tensors(method):
+    """Histograms of all tensors at once would take 1.2 MB each."""
+    weights = {str(i): torch.nn.Parameter(torch.randn(50_000)) for i in range(40)}
+    task = {name: torch.randn(50_000).bfloat16() for name in weights}
+    optimizer = torch.optim.SGD(weights.values(), lr=0.1)
+    OnlineMerge(method, alpha=0.1, density=0.5).attach(optimizer, weights.items(), task)
+    for parameter in weights.values():
+        parameter.grad = torch.randn(50_000)
+    size = 40 * 50_000
+    _, peak = allocated(optimizer.step)
+    assert 4 * size <= peak < 4 * size + 6_000_000

@@ -221,7 +221,7 @@ BAD = {
     "unknown parameter": (tune("t", online_merge=MERGE | {"densty": 1.0}), "did you mean 'density'"),
     "unknown method": (tune("t", online_merge=MERGE | {"method": "tise"}), "did you mean 'ties'"),
     "other unit": (tune("t", online_merge={"base": "base", "method": "tsv_m"}), "shards of a model in training"),
-    "an adapter": (tune("t", online_merge=MERGE, peft={"r": 2}), "have no task vector"),
+    "an adapter": (tune("t", online_merge=MERGE, peft={"r": 2}), "one step of a fresh adapter"),
     "nobody to meet": (tune("t", merge_with={"every": 1}), "it needs model, the model to merge with"),
     "unknown other": (tune("t", merge_with={"model": "bass", "every": 1}), "did you mean 'base'"),
     "never": (

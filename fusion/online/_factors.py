@@ -77,13 +77,16 @@ def factors(
     return found
 
 
+def is_factors(model: str | Path | Source | None) -> bool:
+    """Whether a directory holds an adapter alone; a Source of one is the whole model it makes."""
+    return isinstance(model, (str, Path)) and (Path(model) / FILE).is_file()
+
+
 def _adapter(model: str | Path | Source) -> dict[str, Tensor]:
     file = Path(model if isinstance(model, (str, Path)) else model.path) / FILE
     if not file.is_file():
         raise ValueError(
-            f"a LoRA adapter is trained, and {file.parent} has no {FILE}. Over a merged model a fresh adapter has no "
-            f"factors of a task vector: what the reference changed lies in the weights below it, where one step of the "
-            f"factors can't reach. Tune the reference's own adapter further, with base: the adapter before it was "
-            f"trained (saved by peft); or tune all weights"
+            f"base is an adapter, and {file.parent} has no {FILE}: the factors of a task vector are the difference of "
+            f"two adapters; give base and reference as whole models to merge below the adapter"
         )
     return load_file(file)

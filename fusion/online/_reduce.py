@@ -13,7 +13,7 @@ from torch import Tensor
 from fusion._method import Method, Region
 from fusion.merge._x import Max, Min, Reading, Running, Sum
 
-TOGETHER = 16  # tensors whose readings travel in one message
+TOGETHER = 16  # tensors whose readings are held at once, and travel in one message
 Readings = Mapping[str, Reading]
 Stats = Mapping[str, Tensor]
 
@@ -44,26 +44,22 @@ def over_ranks(
 ) -> dict[str, Readings]:
     """By name the readings over all ranks' parts; `nothing(name)` says what the readings of a part look like."""
     out: dict[str, Readings] = {}
-    for first in range(0, len(names), TOGETHER):
-        some = names[first : first + TOGETHER]
-        full = {name: own[name] if name in own else _zero(nothing(name)) for name in some}
-        kinds = [(name, s, type(reading)) for name, readings in full.items() for s, reading in readings.items()]
-        for kind, operation in ((Sum, dist.ReduceOp.SUM), (Max, dist.ReduceOp.MAX), (Min, dist.ReduceOp.MIN)):
-            for floating in (False, True):
-                here = [
-                    (name, s)
-                    for name, s, k in kinds
-                    if k is kind and full[name][s].value.is_floating_point() is floating
-                ]
-                if not here:
-                    continue
-                device = full[here[0][0]][here[0][1]].value.device
-                flat = torch.cat([_wide(full[name][s].value).flatten().to(device) for name, s in here])
-                flat = _over_all(flat, operation)
-                sizes = [full[name][s].value.numel() for name, s in here]
-                for (name, s), part in zip(here, flat.split(sizes), strict=True):
-                    shape = full[name][s].value.shape
-                    out[name] = {**out.get(name, {}), s: kind(part.reshape(shape))}
+    full = {name: own[name] if name in own else _zero(nothing(name)) for name in names}
+    kinds = [(name, s, type(reading)) for name, readings in full.items() for s, reading in readings.items()]
+    for kind, operation in ((Sum, dist.ReduceOp.SUM), (Max, dist.ReduceOp.MAX), (Min, dist.ReduceOp.MIN)):
+        for floating in (False, True):
+            here = [
+                (name, s) for name, s, k in kinds if k is kind and full[name][s].value.is_floating_point() is floating
+            ]
+            if not here:
+                continue
+            device = full[here[0][0]][here[0][1]].value.device
+            flat = torch.cat([_wide(full[name][s].value).flatten().to(device) for name, s in here])
+            flat = _over_all(flat, operation)
+            sizes = [full[name][s].value.numel() for name, s in here]
+            for (name, s), part in zip(here, flat.split(sizes), strict=True):
+                shape = full[name][s].value.shape
+                out[name] = {**out.get(name, {}), s: kind(part.reshape(shape))}
     return out
 
 
@@ -90,13 +86,15 @@ def statistics(
     stats: dict[str, Stats] = {name: {} for name in [*(name for name, _ in parts), *split]}
     needed = {name: method.needed(params[name]) for name in stats}
 
-    def own(index: int) -> dict[str, Readings]:
+    regions_of = dict(parts)
+
+    def own(index: int, some: Sequence[str]) -> dict[str, Readings]:
         readings: dict[str, Readings] = {}
-        for name, regions in parts:
-            if index >= needed[name]:
+        for name in some:
+            if name not in regions_of:
                 continue
             running = Running()
-            for i, region in enumerate(regions(stats[name])):
+            for i, region in enumerate(regions_of[name](stats[name])):
                 running.add(i, method.call_pass(index, region, params[name]))
             readings[name] = running.readings()
         return readings
@@ -109,13 +107,18 @@ def statistics(
     def nothing(index: int, name: str) -> Readings:
         return of_no_part(method, index, params[name], name, stats[name], weights.to(device), based)
 
-    for index in range(max(needed.values(), default=0)):
-        readings = agreed(partial(own, index))
-        shared = [name for name in split if index < needed[name]]
-        if shared:
-            here = {name: readings[name] for name in shared if name in readings}
-            readings |= over_ranks(here, shared, partial(nothing, index))
-        agreed(partial(settle, readings))
+    def alone() -> None:
+        for name in regions_of:
+            for index in range(0 if name in split else needed[name]):
+                settle(own(index, [name]))
+
+    agreed(alone)
+    for first in range(0, len(split), TOGETHER):  # histograms are large: all passes of a few tensors, then the next
+        some = split[first : first + TOGETHER]
+        for index in range(max(needed[name] for name in some)):
+            here = [name for name in some if index < needed[name]]
+            readings = over_ranks(agreed(partial(own, index, here)), here, partial(nothing, index))
+            agreed(partial(settle, readings))
     return stats
 
 

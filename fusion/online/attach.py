@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -108,7 +109,7 @@ class Handle:
             else:
                 own = vector.read(piece.start, stop, piece.flat).to(piece.flat.device)
             moved = moved or bool(own.count_nonzero())
-            found[piece.name] = self._masked(piece, own)
+            found[piece.name] = self._placed(self._masked(piece, own))
         if not added_up({"moved": torch.tensor(int(moved))})["moved"]:
             raise ValueError("the task vector is zero everywhere: reference and base are the same model")
         return found
@@ -122,6 +123,12 @@ class Handle:
         keep = Draw(self.merge.seed, piece.name, piece.start, len(vector), 0, str(vector.device)).uniform(MASKED) < p
         masked = (vector.float() / p).clamp_(-1, 1).mul_(keep)
         return Sparse.of(masked) if p < SPARSE else masked
+
+    def _placed(self, vector: Tensor | Sparse) -> Tensor | Sparse:
+        """In the host's pinned memory, if asked for; sparse ones are small, and stay where the weights are."""
+        if not self.merge.pinned or isinstance(vector, Sparse) or vector.device.type == "cpu":
+            return vector
+        return torch.empty_like(vector, device="cpu", pin_memory=True).copy_(vector)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.idle:
@@ -139,6 +146,15 @@ class Handle:
                 due.append((key, pieces, self.snapshots.pop(key)))
         if due:
             self._merge(due)
+
+    @torch.no_grad()
+    def merged(self, key: str, update: Tensor) -> Tensor:
+        """merge([update, task vector]) of a whole tensor, in its shape: for steps that no optimizer makes."""
+        (piece,) = self._pieces(key)
+        flat = update.flatten().clone()
+        self.steps[key] = self.steps.get(key, 0) + 1
+        self._merge([(key, (replace(piece, flat=flat),), [torch.zeros_like(flat)])])
+        return flat.view(update.shape)
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, tuple[Piece, ...]]]:
         """What this call steps on: DeepSpeed steps group by group, the other groups being left out or empty."""
@@ -187,7 +203,7 @@ class Handle:
             if isinstance(vector, Sparse):
                 vector.into(first, both[1])
             else:
-                both[1].copy_(vector[here])
+                both[1].copy_(vector[here].to(both.device, non_blocking=True))  # cast there: half the bytes to send
             yield Region(
                 both,
                 base,

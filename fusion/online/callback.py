@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
@@ -12,12 +12,15 @@ from transformers import PreTrainedModel, TrainerCallback
 from fusion._params import depths, layer_of
 from fusion.checkpoint import Source
 from fusion.online import _saved
-from fusion.online._factors import factors
+from fusion.online._factors import factors, is_factors
 from fusion.online._reduce import added_up
 from fusion.online.attach import Handle
 from fusion.online.final import Final
-from fusion.online.settings import Extras, OnlineMerge
+from fusion.online.settings import Extras, OnlineMerge, refuse_below_adapter
 from fusion.online.vectors import TaskVectors, open_model, refuse_ties, region
+
+if TYPE_CHECKING:
+    from fusion.online._below import Below
 
 CHUNK = 1 << 22  # elements of the reference that are read at once
 
@@ -44,6 +47,7 @@ class OnlineMergeCallback(TrainerCallback):
         lines: Mapping[str, Any] | None = None,
         ema: float | None = None,
         towards_init: float | None = None,
+        pinned: bool = False,
     ) -> None:
         if base is None:
             raise ValueError(
@@ -53,9 +57,11 @@ class OnlineMergeCallback(TrainerCallback):
         if reference is not None and place_of(reference) == place_of(base):
             raise ValueError(f"reference and base are both {place_of(base)}, so there is nothing to merge")
         self.base, self.reference = base, reference
-        self.merge = OnlineMerge(method, alpha, density, every, semantics, seed, params or {})
+        self.merge = OnlineMerge(method, alpha, density, every, semantics, seed, params or {}, pinned)
         self.extras = Extras(lines, ema, towards_init)
         self.handle: Handle | None = None
+        self.optimizer: torch.optim.Optimizer | None = None  # that it was attached to
+        self.below: Below | None = None  # for the weights below an adapter
         self.final: Final | None = None
         self.anchor: Source | None = None  # what drift is measured from
         self.drift: float | None = None
@@ -64,10 +70,13 @@ class OnlineMergeCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Attaches to the innermost torch optimizer, which exists by now, and goes on where a checkpoint left off."""
         model = unwrapped(given["model"])
+        self.optimizer = innermost(given["optimizer"])
         names = [name for name, _ in model.named_parameters()]
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        if any(".lora_" in name for name in trained):
-            self._tune_adapter(args, state, model, trained, given["optimizer"])
+        adapter = any(".lora_" in name for name in trained)
+        if adapter and is_factors(self.base):
+            self._tune_factors(state, model, trained)
+            self._go_on(args, state)
             return
         base = opened(self.base, "base")
         reference = None if self.reference is None else opened(self.reference, "reference")
@@ -80,33 +89,46 @@ class OnlineMergeCallback(TrainerCallback):
                     "more; give reference"
                 )
             reference = opened(start, "reference")
+        if adapter:
+            self._tune_below(args, state, model, base, reference)
+            return
         tied = model.all_tied_weights_keys if isinstance(model, PreTrainedModel) else {}
         for source, what in ((base, "base"), (reference, "reference")):
             if source is not None:
                 refuse_ties(source, what, names, tied)
         vectors = TaskVectors(base, reference, scale=self._scales(names))
-        optimizer = innermost(given["optimizer"])
-        self.handle = self.merge.attach(optimizer, model.named_parameters(), vectors)
+        self.handle = self.merge.attach(self.optimizer, model.named_parameters(), vectors)
         self.anchor = opened(start, "reference") if reference is None and local else reference
         if self.extras.ema is not None or self.extras.towards_init:
             back = opened(start, "the model being tuned") if self.extras.towards_init else None
-            self.final = Final(self.handle.layout, optimizer, self.extras, back)
+            self.final = Final(self.handle.layout, self.optimizer, self.extras, back)
         self._go_on(args, state)
 
-    def _tune_adapter(self, args: Any, state: Any, model: Any, trained: list[str], optimizer: Any) -> None:
+    def _tune_factors(self, state: Any, model: Any, trained: list[str]) -> None:
         """Attaches to the factors of an adapter."""
-        assert self.base is not None
+        assert self.base is not None and self.optimizer is not None
         if self.extras.towards_init:
             raise ValueError("towards_init goes back to a whole model's weights; leave it out for a LoRA adapter")
         if self.reference is None and state.global_step > 0:
             raise ValueError("a resumed run needs the reference: the directory of the adapter that tuning began with")
         scales = self._scales([name for name, _ in model.named_parameters()])
         vectors = factors(trained, self.base, self.reference, state.global_step > 0, scales)
-        inner = innermost(optimizer)
-        self.handle = self.merge.attach(inner, model.named_parameters(), vectors)
+        self.handle = self.merge.attach(self.optimizer, model.named_parameters(), vectors)
         if self.extras.ema is not None:
-            self.final = Final(self.handle.layout, inner, self.extras, None)
-        self._go_on(args, state)
+            self.final = Final(self.handle.layout, self.optimizer, self.extras, None)
+
+    def _tune_below(self, args: Any, state: Any, model: Any, base: Source, reference: Source | None) -> None:
+        """Merges into the weights below an adapter, which no optimizer steps on."""
+        from fusion.online._below import Below, refuse_moving_reference  # where nothing is adapted, peft isn't needed
+
+        refuse_below_adapter(self.merge, self.extras)
+        refuse_moving_reference(vars(args))
+        self.below = Below(self.merge, model, TaskVectors(base, reference, scale=self._scales(list(base.entries))))
+        self.handle = self.below.handle
+        if state.is_world_process_zero and (said := self.rate()):
+            print(said)
+        if state.global_step > 0:
+            self.below.load(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
 
     def _go_on(self, args: Any, state: Any) -> None:
         """Says what the density means, and reads what a checkpoint holds."""
@@ -141,7 +163,7 @@ class OnlineMergeCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         assert self.handle is not None
-        if innermost(given["optimizer"]) is not self.handle.optimizer:
+        if innermost(given["optimizer"]) is not self.optimizer:
             raise ValueError(
                 "the optimizer was replaced after online merging was attached to it: list the callback last, or find "
                 "the plugin that replaces it"
@@ -149,11 +171,15 @@ class OnlineMergeCallback(TrainerCallback):
         self.measuring = (state.global_step + 1) % max(int(state.logging_steps), 1) == 0 or state.global_step == 0
         if self.measuring:
             self.handle.watch = True  # until a window ends
+        if self.below is not None:
+            self.below.begin(state.global_step)
         if self.final is not None:
             self.final.last = state.global_step + 1 >= state.max_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """How far the weights are from the reference, when that is logged."""
+        """Merges below an adapter; how far the weights are from the reference, when that is logged."""
+        if self.below is not None:
+            self.below.end(state.global_step)
         if not self.measuring or self.anchor is None or self.handle is None:
             return
         squares = torch.zeros(1, dtype=torch.float64)
@@ -177,11 +203,20 @@ class OnlineMergeCallback(TrainerCallback):
         """Each rank leaves what a window has gathered so far; task vectors are read again."""
         assert self.handle is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.below is not None:  # the same on all ranks
+            if state.is_world_process_zero:
+                self.below.save(folder)
+            return
         _saved.save(folder, args.process_index, args.world_size, self.handle, self.final)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.handle is not None:
             self.handle.detach()
+        if self.below is not None and not self.below.handle.idle and state.is_world_process_zero:
+            print(
+                "the weights below the adapter have changed: the result is the whole model (merge_and_unload), the "
+                "adapter alone fits nothing that is on disk"
+            )
         if self.final is not None:
             self.final.detach()
             if not self.final.done and state.is_world_process_zero:

@@ -53,7 +53,9 @@ class OnlineMerge:
 
     density: share of entries kept of update and task vector, for methods that have one. semantics: the paper's
     equations, or what the authors' code does (sign of the unweighted sum; kept entries divided by the density; the task
-    vector's random mask drawn once, its entries bounded by 1). params: further parameters of the method.
+    vector's random mask drawn once, its entries bounded by 1). params: further parameters of the method. pinned: task
+    vectors wait in pinned memory of the host, from which a merge copies chunks while it computes; where weights are on
+    the CPU there is nothing to pin.
     """
 
     method: str = "ties"
@@ -63,6 +65,7 @@ class OnlineMerge:
     semantics: Literal["paper", "code"] = "paper"
     seed: int = 0
     params: Mapping[str, Any] = field(default_factory=dict)
+    pinned: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -132,3 +135,17 @@ class Extras:
             raise ValueError(f"towards_init is {self.towards_init}; it is a share of the way back, from 0 to 1")
         if self.lines is not None:
             words.check("post", "lines", self.lines, "lines")
+
+
+def refuse_below_adapter(merge: OnlineMerge, extras: Extras) -> None:
+    """ValueError for settings that a fresh adapter over the reference can't be merged by."""
+    if merge.every == 1:
+        raise ValueError(
+            "every is 1, and one step of a fresh adapter is no update of the weights below it: its factor B is 0, so A "
+            "can't move yet, and the product changes in directions drawn at random; with every: 2 or more (say, 16) "
+            "what the factors' product changes in that many steps is merged into those weights"
+        )
+    if extras.ema is not None or extras.towards_init:
+        raise ValueError(
+            "ema and towards_init are for a whole model's weights; leave them out where an adapter is trained"
+        )

@@ -54,6 +54,8 @@ def tune(
     callbacks = [*meeting(job, merge_with or {}), *(merging(job, model, online_merge) if online_merge else [])]
     if (merge_with or {}).get("groups"):  # the loss of a group is its own: no other group's tokens count in it
         train = {"average_tokens_across_devices": False, **(train or {})}
+    if online_merge and peft and algorithm in ("dpo", "kto"):  # what lies below the adapter is no reference for long
+        train = {"precompute_ref_log_probs": True, **(train or {})}
     common: dict[str, Any] = {"model": model, "data": data, "max_length": max_length, "train": train or {}}
     common |= {"peft": peft, "callbacks": callbacks}
     if algorithm == "clm":
