@@ -1,9 +1,11 @@
 """Networks run as they are, for what they compute."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -16,3 +18,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for one, training in before:
             one.training = training
+
+
+def computed(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """What the module computes with these tensors in the place of its own; of shared weights the first name counts."""
+    once = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    given = {name: tensor for name, tensor in tensors.items() if name in once}
+    return torch.func.functional_call(module, given, args, dict(named))

@@ -11,6 +11,8 @@ from torch import Tensor
 from alignment._acts import Map, Matrix, Plan
 from alignment.spaces import Part, Space, Spaces
 
+BASE = 10000.0  # of rotary frequencies, where a configuration names none
+BASES = {"gemma3_text": 1e6, "mixtral": 1e6}  # families whose class takes another one then; Gemma 3's slide with BASE
 INSIDE = ("qk", "qk_rest", "qk_norm")  # queries and keys: a head can do without the donor's
 
 
@@ -91,10 +93,10 @@ def _rotary(spaces: Spaces) -> dict[str, dict[str, Any]]:
     config: dict[str, Any] = json.loads(spaces.config) if spaces.config else {}
     given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     types = {name: one for name, one in given.items() if isinstance(one, dict)} or {"full_attention": given}
-    local = config.get("rope_local_base_freq")
+    local = config.get("rope_local_base_freq", BASE if spaces.family == "gemma3_text" else None)
     if local is not None:
         types.setdefault("sliding_attention", {"rope_theta": local})
-    base = config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0
+    base = config.get("rope_theta") or config.get("rotary_emb_base") or BASES.get(spaces.family, BASE)
     return {name: {"rope_theta": base, **_frequencies(one)} for name, one in types.items()}
 
 

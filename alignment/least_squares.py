@@ -47,8 +47,8 @@ class Normal:
     def solve(self, start: Tensor, ridge: float) -> Tensor:  # (outputs, inputs)
         """(outputs, inputs): least |X W^T - Y|^2 + ridge * |(W - start) D^1/2|^2, D the diagonal of X^T X.
 
-        Inputs that are always zero keep `start`. Raises ValueError for a ridge below 0 and, without one, where there
-        are fewer samples than inputs.
+        Inputs that are always zero keep `start`. Raises ValueError for a ridge below 0, one too small for inputs
+        that depend on each other and, without one, where there are fewer samples than inputs.
         """
         if ridge < 0:
             raise ValueError(f"the ridge must not be negative; given: {ridge}")
@@ -63,7 +63,13 @@ class Normal:
         matrix = self.gram[live][:, live] * scale[:, None] * scale
         own = torch.diag(torch.full_like(scale, max(ridge, 1e-12)))
         residual = self.right[:, live] - out[:, live] @ self.gram[live][:, live]
-        out[:, live] += torch.cholesky_solve((residual * scale).mT, torch.linalg.cholesky(matrix + own)).mT * scale
+        factor, failed = torch.linalg.cholesky_ex(matrix + own)
+        if bool(failed):
+            raise ValueError(
+                "the inputs of a layer depend on each other (those after a LayerNorm may sum to nothing), and a larger "
+                f"ridge is needed; given: {ridge}"
+            )
+        out[:, live] += torch.cholesky_solve((residual * scale).mT, factor).mT * scale
         return out
 
 

@@ -77,7 +77,11 @@ def rules(table: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Rule]:
     """The rules of a table as a recipe writes it; ValueError for what is none."""
     if isinstance(table, Mapping):
         return [
-            Rule("leave" if to is None else "rename" if isinstance(to, str) else "duplicate", (own,), _names(to, own))
+            Rule(
+                "leave" if to is None else "rename" if isinstance(to, str) else "duplicate",
+                _names(own, "a table"),
+                _names(to, own),
+            )
             for own, to in table.items()
         ]
     found = []
@@ -171,9 +175,16 @@ def correspond(
 def mapped(
     tensors: Mapping[str, Tensor], table: Mapping[str, Any] | Sequence[Mapping[str, Any]], target: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A model's tensors under the names of a target, for those of the target's that it has; they may share memory."""
-    shapes = [{name: tuple(tensor.shape) for name, tensor in one.items()} for one in (tensors, target)]
-    return {name: made.tensor(tensors) for name, made in correspond(table, *shapes).items()}
+    """A model's tensors under the names of a target, for those of the target's that it has; they may share memory.
+
+    Raises ValueError for those of other shapes, besides what `correspond` does.
+    """
+    own, wanted = ({name: tuple(tensor.shape) for name, tensor in one.items()} for one in (tensors, target))
+    found = correspond(table, own, wanted)
+    for name, made in found.items():
+        if made.shape != wanted[name]:
+            raise ValueError(f"what would be {name} is {_x(made.shape)}, and it is {_x(wanted[name])} in the target")
+    return {name: made.tensor(tensors) for name, made in found.items()}
 
 
 def _made(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from alignment._balance import blocks_of
 from alignment._descent import Descent
-from alignment._evaluation import evaluating
+from alignment._evaluation import computed, evaluating
 from alignment._frank_wolfe import movable
 from alignment.align import align
 from alignment.maps import Maps
@@ -64,7 +64,7 @@ def refine(
             name: torch.lerp(one, matched[name], 0.5) if one.is_floating_point() else one for name, one in own.items()
         }
         given = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
-        return loss(torch.func.functional_call(module, mean, given), batch[1])
+        return loss(computed(module, mean, given, {}), batch[1])
 
     def tried(maps: Maps) -> float:
         matched = maps.carry(carried)

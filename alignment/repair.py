@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from alignment._acts import Map, Matrix, Plan, act, missing
-from alignment._evaluation import evaluating
+from alignment._evaluation import computed, evaluating
 from alignment.maps import Maps
 from alignment.spaces import Axis, Part
 
@@ -198,15 +198,12 @@ def output_moments(
 def run(module: nn.Module, batches: Iterable[Any], tensors: Mapping[str, Tensor] | None = None) -> int:
     """How many batches the module was run on, without gradients; with these tensors in the place of its own."""
     count = 0
-    once = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}  # not again under other names
-    given = None if tensors is None else {name: tensor for name, tensor in tensors.items() if name in once}
     with torch.no_grad():
         for batch in batches:
-            positional = batch if isinstance(batch, tuple | list) else () if isinstance(batch, Mapping) else (batch,)
+            positional = (
+                tuple(batch) if isinstance(batch, tuple | list) else () if isinstance(batch, Mapping) else (batch,)
+            )
             named = dict(batch) if isinstance(batch, Mapping) else {}
-            if given is None:
-                module(*positional, **named)
-            else:
-                torch.func.functional_call(module, given, tuple(positional), named)
+            module(*positional, **named) if tensors is None else computed(module, tensors, positional, named)
             count += 1
     return count

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,10 @@ def zip_units(
 
     A merged unit is as similar to another as the less similar of its two was, times `alpha`; with 0 it merges no more.
     Of the units that go, each network may lose `beta` of its share to merges within itself. Equal similarities go to
-    the lowest numbers. Raises ValueError for numbers out of range, where similarities are not finite or not symmetric,
-    and where all that is left must not merge.
+    the lowest numbers. Of three networks or more the published loop may come to an end with units that must not merge
+    (an a with a b, a b with a c, a c with an a); then, from the start again, no more than `until` merged units are
+    begun, and all others join these. Raises ValueError for numbers out of range, where similarities are not finite or
+    not symmetric, and where all that is left must not merge.
     """
     import numpy as np
 
@@ -52,27 +55,47 @@ def zip_units(
     np.fill_diagonal(table, -np.inf)
     origin = np.repeat(np.arange(models), sizes)
     budget = np.full(models, int((n - until) // models * beta + 1e-4))
-    for model in range(models):
+    into = _merged(table.copy(), origin, budget.copy(), until, alpha, n)
+    if len(set(into.tolist())) > until:
+        into = _merged(table, origin, budget, until, alpha, until)
+    left = len(set(into.tolist()))
+    if left > until:
+        raise ValueError(
+            f"zip: {left} units are left in place of {until}, and none of them may merge; raise alpha or beta"
+        )
+    return torch.from_numpy(np.unique(into, return_inverse=True)[1].astype(np.int64))
+
+
+def _merged(table: Any, origin: Any, budget: Any, until: int, alpha: float, groups: int) -> Any:  # (n, n), (n,), (k,)
+    """Greedily the unit that each unit went into (n,), when `until` are left or none of those left may merge; once
+    there are as many `groups` of units, neither do these merge nor do other units but with these."""
+    import numpy as np
+
+    for model in range(len(budget)):
         if budget[model] <= 0:
             _part(table, origin == model)
+    n = left = len(table)
     into = np.arange(n)
-    alive = np.ones(n, bool)
+    alive, alone = np.ones(n, bool), np.ones(n, bool)
+    begun = 0
     best = table.argmax(1)
-    value = table[np.arange(n), best]
+    value = table[into, best]
     heap = [(-v, i) for i, v in enumerate(value.tolist())]
     heapq.heapify(heap)
-    left = n
-    while left > until:
-        if not heap or heap[0][0] == np.inf:
-            raise ValueError(f"zip: {left} units are left and none of them may merge; raise until, alpha or beta")
+
+    def look(row: int) -> None:
+        seen = table[row] if begun < groups else np.where(alone == alone[row], -np.inf, table[row])
+        best[row] = seen.argmax()
+        value[row] = seen[best[row]]
+        heapq.heappush(heap, (-float(value[row]), row))
+
+    while left > until and heap and heap[0][0] < np.inf:
         found, row = heapq.heappop(heap)
         if not alive[row] or -found != value[row]:
             continue
         column = int(best[row])
-        if not alive[column] or table[row, column] != value[row]:  # its neighbour changed since
-            best[row] = table[row].argmax()
-            value[row] = table[row, best[row]]
-            heapq.heappush(heap, (-float(value[row]), row))
+        if not alive[column] or table[row, column] != value[row] or (begun >= groups and alone[row] == alone[column]):
+            look(row)  # its neighbour changed since
             continue
         row, column = min(row, column), max(row, column)
         new = np.minimum(table[row], table[column])
@@ -82,28 +105,27 @@ def zip_units(
         table[column], table[:, column] = -np.inf, -np.inf
         alive[column], into[column] = False, row
         left -= 1
-        better = np.nonzero((new > value) | ((new == value) & (row < best) & (new > -np.inf)))[0]
-        for other in better.tolist():  # below 0 a factor makes units more similar
-            if other != row:
+        begun += 1 - int(not alone[row]) - int(not alone[column])
+        alone[row] = alone[column] = False
+        better = (new > value) | ((new == value) & (row < best) & (new > -np.inf))
+        for other in np.nonzero(better & alone if begun >= groups else better)[0].tolist():
+            if other != row:  # below 0 a factor makes units more similar
                 value[other], best[other] = new[other], row
                 heapq.heappush(heap, (-float(value[other]), other))
         if origin[row] == origin[column]:
             budget[origin[row]] -= 1
             if budget[origin[row]] == 0:
                 _part(table, (origin == origin[row]) & alive)
-        best[row] = table[row].argmax()
-        value[row] = table[row, best[row]]
-        heapq.heappush(heap, (-float(value[row]), row))
+        look(row)
     for unit in range(n):  # a unit's number is no lower than that of the one it went into
         into[unit] = into[into[unit]]
-    return torch.from_numpy(np.unique(into, return_inverse=True)[1].astype(np.int64))
+    return into
 
 
-def _part(table: object, units: object) -> None:
+def _part(table: Any, units: Any) -> None:
     """No two of these units may merge."""
     import numpy as np
 
-    assert isinstance(table, np.ndarray) and isinstance(units, np.ndarray)
     number = np.nonzero(units)[0]
     table[np.ix_(number, number)] = -np.inf
 

@@ -4,7 +4,6 @@ how much, what is replaced, and whether anything in it is not understood. Import
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion._files import Tensor, tensors_of
+from fusion._files import Tensor, json_of, tensors_of
 
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 # What the tensors and the numbers below already tell, or what only matters while training.
@@ -52,7 +52,11 @@ class Adapter:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return (self.path / "adapter_config.json", self.path / "adapter_model.safetensors")
+        return (self.path / "adapter_config.json", self.weights)
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS
 
 
 def is_adapter(directory: Path) -> bool:
@@ -63,14 +67,14 @@ def read_adapter(directory: Path) -> Adapter:
     """The adapter in a directory; ValueError, one sentence, for DoRA and whatever else is not plain LoRA."""
     directory = Path(directory)
     config = _config(directory)
-    if not (directory / "adapter_model.safetensors").is_file():
+    if not (directory / WEIGHTS).is_file():
         if (directory / "adapter_model.bin").is_file():
             raise ValueError(
                 f"{directory} holds pickled weights (adapter_model.bin), which can run code when read; if you trust "
                 "them, load the adapter with peft and save it again: save_pretrained(DIR, safe_serialization=True)"
             )
-        raise ValueError(f"{directory} has no adapter_model.safetensors")
-    tensors = tensors_of(directory)
+        raise ValueError(f"{directory} has no {WEIGHTS}")
+    tensors = tensors_of(directory / WEIGHTS)
     factors: dict[str, dict[str, str]] = {}
     replaced: dict[str, str] = {}
     for key in tensors:
@@ -86,7 +90,7 @@ def read_adapter(directory: Path) -> Adapter:
             replaced[".".join(s for s in steps if s not in ("modules_to_save", "base_layer"))] = key
     pairs = {module: _pair(directory, config, tensors, module, keys) for module, keys in factors.items()}
     if not pairs and not replaced:
-        raise ValueError(f"{directory}: adapter_model.safetensors holds no tensor")
+        raise ValueError(f"{directory}: {WEIGHTS} holds no tensor")
     return Adapter(directory, config, tensors, pairs, replaced)
 
 
@@ -116,10 +120,7 @@ def _pattern(config: Mapping[str, Any], patterns: str, module: str, otherwise: s
 
 def _config(directory: Path) -> dict[str, Any]:
     file = directory / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} can't be read: {error}") from error
+    config = json_of(file)
     if str(config.get("peft_type")).upper() != "LORA":
         raise ValueError(f"{directory} is an adapter of type {config.get('peft_type')}; only LoRA is read; {MERGE}")
     if config.get("use_dora"):

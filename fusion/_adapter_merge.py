@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fusion._adapter_files import PREFIX, Adapter, read_adapter
 from fusion._adapters import load
-from fusion._method import Method
+from fusion._method import Method, weighed
 from fusion._params import depths, layer_of
+from fusion._partial import refuse_place
 from fusion.checkpoint import Checkpoint, natural
 from fusion.engine import _weights, merge_tensors
 from fusion.merge._draw import Draw
@@ -45,14 +46,15 @@ def merge_adapters(
     and for ones that replace tensors (modules_to_save, biases), which have no rank to be merged in.
     """
     out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists; give another directory or remove it")
+    refuse_place(out)
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise ValueError(f"rank: a whole number from 1 on is needed here, not {type(rank).__name__} {rank!r:.60}")
     opened = [Opened.of(name, Path(path)) for name, path in adapters.items()]
     found = Method.of(method)
     given = dict(params or {})
     if found.unit == "adapter" and rank is not None:
         given["rank"] = rank
-    fitted = found.check(given, len(opened), base=True, weights=weights is not None)
+    fitted = found.check(given, len(opened), base=True, weights=weighed(weights))
     of_each = _weights(found, weights, len(opened)).tolist()
     _go_together(opened)
     modules = sorted({module for one in opened for module in one.adapter.pairs}, key=natural)
@@ -79,14 +81,17 @@ class Opened:
     @staticmethod
     def of(name: str, directory: Path) -> Opened:
         adapter = read_adapter(directory)
-        return Opened(name, adapter, Checkpoint.open(adapter.path))
+        return Opened(name, adapter, Checkpoint.open(adapter.weights))
 
     def factors(self, module: str) -> Factors | None:
         """float32 A (r, in), B (out, r) with the scale in B; None where the module is left as it is."""
         pair = self.adapter.pairs.get(module)
         if pair is None:
             return None
-        return load(self.file, pair.a).flatten(1), load(self.file, pair.b).flatten(1) * pair.scale
+        a, b = load(self.file, pair.a).flatten(1), load(self.file, pair.b).flatten(1) * pair.scale
+        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(f"{module} of '{self.name}' has NaN or infinity in its factors; a merge would spread it")
+        return a, b
 
     def shapes(self, module: str) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
         """Of A behind its rank, of B without its rank, and whether it is an embedding's."""

@@ -26,7 +26,8 @@ def open_adapter(directory: Path, base: Source | None) -> Adapted:
     """The adapter of a directory on its base; ValueError when there is no base or the two do not go together."""
     if base is None:
         raise ValueError(
-            f"{directory} is a PEFT adapter and needs the model it sits on: {{path: {directory}, base: NAME}}"
+            f"{directory} is a PEFT adapter and needs the model it sits on: --base DIR on the command line, "
+            f"in a recipe {{path: {directory}, base: NAME}}"
         )
     return Adapted(base, read_adapter(directory))
 
@@ -43,7 +44,7 @@ class Adapted:
         self.path, self.config = adapter.path, dict(base.config)
         self.files = (*base.files, *adapter.files)
         self.entries: dict[str, Entry] = dict(base.entries)
-        self._own = Checkpoint.open(adapter.path)
+        self._own = Checkpoint.open(adapter.weights)
         self._below: dict[str, str] = {}  # tensor -> the base's tensor it is computed from, where names differ
         saved = self._untied(adapter.replaced)
         prefix = rewriting([*adapter.pairs, *(n.rpartition(".")[0] for n in saved)], self.entries, self.path)

@@ -67,23 +67,20 @@ def pair_of(
     of other sizes that are to stay.
     """
     from alignment import find_family
-    from alignment.families._table import FOLDED
 
     sources = {name: job.source(name) for name in dict.fromkeys((target, donor))}
     vocab = _other_tokens(job, sources[target], sources[donor], target, donor, text)
     spaces = {name: find_family(source.config, frozenset(source.entries)) for name, source in sources.items()}
+    if vocab is None:
+        same_rows(spaces[target], spaces[donor], (target, donor), job.place)
     tied = any(one.ties for one in spaces.values())
     if untie and not spaces[target].ties:
         raise ValueError(f"{job.place}.untie: the head of {target} is not tied")
     turns = only is None or spaces[target].only(only).by_name["residual"].group != "fixed"
-    grows = turns and all(
-        one.norms
-        and find_family({**sources[name].config, FOLDED: True}).by_name["residual"].group
-        != one.by_name["residual"].group
-        for name, one in spaces.items()
-    )
-    folded = untie or (grows and not tied)
-    sides = [_side(name, sources[name], spaces[name], folded, only) for name in (target, donor)]
+    folded = untie or (turns and not tied and all(grows(sources[name].config, one) for name, one in spaces.items()))
+    sides = [
+        side(name, sources[name], read_whole(sources[name]), spaces[name], folded, only) for name in (target, donor)
+    ]
     for space in sides[0].spaces.spaces if only is not None else ():
         other = sides[1].spaces.by_name.get(space.name)
         if space.group == "fixed" and other is not None and other.size != space.size and space.name != "vocabulary":
@@ -94,10 +91,26 @@ def pair_of(
     return Pair(sides[0], sides[1], folded, vocab)
 
 
-def _side(name: str, source: Source, spaces: Spaces, folded: bool, only: Sequence[str] | None) -> Side:
+def grows(config: Mapping[str, Any], spaces: Spaces) -> bool:
+    """Whether the stream of such a network has more symmetries once norm gains are folded."""
+    from alignment import find_family
+    from alignment.families._table import FOLDED
+
+    folded = find_family({**config, FOLDED: True}).by_name["residual"] if spaces.norms else None
+    return folded is not None and folded.group != spaces.by_name["residual"].group
+
+
+def side(
+    name: str,
+    source: Source,
+    stored: dict[str, Tensor],
+    spaces: Spaces,
+    folded: bool,
+    only: Sequence[str] | None = None,
+) -> Side:
+    """A network of these tensors, in which nothing moves but the spaces called like one of `only` (None: all)."""
     from alignment import find_family, fold
 
-    stored = read_whole(source)
     tensors, config = stored, source.config
     if folded:
         tensors, config = fold(stored, source.config, untie=bool(spaces.ties))
@@ -128,6 +141,18 @@ def _other_tokens(
             "target's embeddings and head"
         )
     return VocabMap.exact(other, one)
+
+
+def same_rows(target: Spaces, donor: Spaces, names: tuple[str, str], place: str) -> None:
+    """ValueError where two vocabularies that correspond row by row have other sizes."""
+    sizes = [one.by_name["vocabulary"].size for one in (target, donor) if "vocabulary" in one.by_name]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"{place}: {names[0]} has {sizes[0]} tokens and {names[1]} {sizes[1]}; without tokenizers, rows "
+            "correspond by number and there must be as many; with them, give the donor the target's first: "
+            f"retokenize: {{out: ..., model: {names[1]}, base: {names[0]}}}, or compare them on text (features: "
+            "activations) and keep the target's embeddings and head"
+        )
 
 
 def likeness(job: Job, pair: Pair, data: str | None) -> dict[int, int]:

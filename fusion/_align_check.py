@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusion import _keys, words
+from fusion._align import same_rows
 from fusion._among import check_among
 from fusion._files import header
 from fusion._say import bytes_of
@@ -100,6 +101,8 @@ def _comparable(target: Spaces, donor: Spaces, fields: Mapping[str, Any], place:
         return
     if fields["untie"] and not target.ties:
         raise ValueError(f"{place}.untie: the head of {fields['target']} is not tied")
+    if fields["features"] == "weights":
+        same_rows(target, donor, (fields["target"], fields["donor"]), place)
     try:
         compare(target, donor, fields["features"] != "weights", False)
     except ValueError as error:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fusion._align import Pair, Side, _other_tokens, _side
+from fusion._align import Pair, Side, _other_tokens, side
 from fusion._say import nearest
+from fusion._whole import read_whole
 
 if TYPE_CHECKING:
     from alignment.maps import Maps
@@ -30,7 +31,7 @@ def through_universe(job: Job, pair: Pair, among: Sequence[str], only: Sequence[
             source = job.source(name)
             _other_tokens(job, pair.target.source, source, pair.target.name, name, False)
             table = find_family(source.config, frozenset(source.entries))
-            sides[name] = _side(name, source, table, pair.folded, only)
+            sides[name] = side(name, source, read_whole(source), table, pair.folded, only)
     table = pair.target.spaces
     tensors = []
     for name in among:

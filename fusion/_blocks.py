@@ -12,9 +12,11 @@ from fusion._teacher import POSITIONS
 from fusion.data import encode
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from alignment.spaces import Spaces
+    from fusion.data import Document
     from fusion.job import Job
 
 BATCH = 1024  # tokens run together
@@ -31,7 +33,12 @@ def module_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], device: 
     if not hasattr(transformers, name):
         raise ValueError(f"transformers has no {name}, which config.json names as its architecture")
     module, found = getattr(transformers, name).from_pretrained(
-        None, config=settings, state_dict=dict(tensors), dtype=torch.float32, output_loading_info=True
+        None,
+        config=settings,
+        state_dict=dict(tensors),
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     if found["missing_keys"] or found["mismatched_keys"]:
         raise ValueError(f"{name}: {min(map(str, [*found['missing_keys'], *found['mismatched_keys']]))} does not fit")
@@ -60,16 +67,7 @@ def token_batches(job: Job, models: Iterable[str], data: str, tokens: int, lengt
     found: list[Any] = []
     count = 0
     for document in job.documents(data):
-        if tokenizer is None:
-            numbers = document.text.split()
-            if not all(one.isdigit() and int(one) < config["vocab_size"] for one in numbers):
-                raise ValueError(
-                    f"{job.place}.data: no model here has a tokenizer, so texts are token numbers below "
-                    f"{config['vocab_size']} with spaces between, and {data} has {document.text!r:.60}"
-                )
-            ids = np.array(numbers, np.int64)
-        else:
-            ids = encode(tokenizer, document).ids
+        ids = token_numbers(job, config, data, document) if tokenizer is None else encode(tokenizer, document).ids
         found.append(ids)
         count += len(ids)
         if count >= tokens:
@@ -80,6 +78,19 @@ def token_batches(job: Job, models: Iterable[str], data: str, tokens: int, lengt
         raise ValueError(f"{job.place}.data: {data} has no tokens")
     rows = together[: len(together) // length * length].view(-1, length)
     return [{"input_ids": part} for part in rows.split(max(1, BATCH // length))]
+
+
+def token_numbers(job: Job, config: Mapping[str, Any], data: str, document: Document) -> np.ndarray:
+    """(T,) what a text of models without tokenizers says; ValueError where these are no tokens of the model."""
+    import numpy as np
+
+    numbers = document.text.split()
+    if not all(one.isdecimal() and int(one) < config["vocab_size"] for one in numbers):
+        raise ValueError(
+            f"{job.place}.data: no model here has a tokenizer, so texts are token numbers below "
+            f"{config['vocab_size']} with spaces between, and {data} has {document.text!r:.60}"
+        )
+    return np.array(numbers, np.int64)
 
 
 def blocks_of(spaces: Spaces) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion._composed import homes
+from fusion._files import INDEX, json_of
+from fusion._misfit import called
 from fusion.checkpoint import Shard, Source
 
 TOKENIZER = (
@@ -30,6 +32,7 @@ FILES = (
     "processor_config.json",
     "generation_config.json",
 )
+OWN = ("config.json", "merge.json", INDEX)
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -53,7 +56,38 @@ def carry(directory: Path, config: Mapping[str, Any], shards: Sequence[Shard], t
     if len(shards) > 1:
         total = sum(shard.size - len(shard.header) for shard in shards)
         where = {name: shard.file for shard in shards for name in shard.places}
-        write(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        write(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def left_behind(models: Mapping[str, Source], name: str, speaker: Source) -> list[str]:
+    """A sentence for each thing that models have and the one whose tokenizer is carried lacks, or says otherwise."""
+    found = []
+    speaking = [model for model, source in models.items() if _has_template(source)]
+    if speaking and not _has_template(speaker):
+        found.append(
+            f"no chat template is carried: {called(name)} has none, {called(speaking[0])} has one; with tokenizer: "
+            f"{speaking[0]} its tokenizer, template and generation settings are"
+        )
+    mine = speaker.config.get("text_config") or speaker.config
+    for model, source in models.items():
+        theirs = source.config.get("text_config") or source.config
+        for key in SPECIAL:
+            if None not in (mine.get(key), theirs.get(key)) and mine[key] != theirs[key]:
+                found.append(
+                    f"{called(model)} has {key} {theirs[key]} and {called(name)} {mine[key]}, which is carried; with "
+                    f"tokenizer: {model} the other one is"
+                )
+    return found
+
+
+def _has_template(source: Source) -> bool:
+    for home in homes(source):
+        settings = home / "tokenizer_config.json"
+        if any((home / name).exists() for name in ("chat_template.jinja", "chat_template.json", "chat_templates")):
+            return True
+        if settings.is_file() and json_of(settings).get("chat_template"):
+            return True
+    return False
 
 
 def write(path: Path, value: Any) -> None:

@@ -30,6 +30,7 @@ from fusion._carry import carry
 from fusion._method import Method, Region
 from fusion._params import depths, layer_of
 from fusion._say import nearest
+from fusion._trial import trial
 from fusion.checkpoint import Checkpoint, Entry, Source, Writer, layout, region
 from fusion.merge._x import Running
 from fusion.merge.compeft import ternary
@@ -109,6 +110,17 @@ def open_compressed(directory: Path | str, base: Source | None) -> Compressed:
     return Compressed(directory, base, bits, entries)
 
 
+def check(word: Method, given: Mapping[str, Any], model: Source, base: Source) -> None:
+    """Raises what `compress` would, from headers and for the values of parameters."""
+    stacks, tried = depths(model.entries), set()
+    _go_together(model, base)
+    for name in base.entries:
+        params = word.resolve(given, name, layer_of(name, stacks))
+        if repr(params) not in tried:
+            tried.add(repr(params))
+            trial(word, params, torch.ones(1), True)
+
+
 def compress(
     method: str, model: Source, base: Source, out: Path | str, params: Mapping[str, Any] | None = None
 ) -> Compressed:
@@ -164,6 +176,19 @@ class _Piece:
 def _changed(model: Source, base: Source) -> list[str]:
     """Names of tensors whose numbers are not the base's."""
     changed = []
+    _go_together(model, base)
+    for name, entry in model.entries.items():
+        same = all(bool((tensors[0] == below).all()) for _, tensors, below in _chunks(model, base, name))
+        if same:
+            continue
+        if not entry.stored.is_floating_point:
+            raise ValueError(f"'{name}' holds whole numbers ({entry.stored}) that differ from the base's")
+        changed.append(name)
+    return changed
+
+
+def _go_together(model: Source, base: Source) -> None:
+    """ValueError, from headers, for a tensor that only one of them has, or that they have in two shapes."""
     if missing := sorted(base.entries.keys() - model.entries.keys()):
         raise ValueError(
             f"{model.path} has no tensor '{missing[0]}', which {base.path} has ({len(missing)} are missing)"
@@ -173,13 +198,6 @@ def _changed(model: Source, base: Source) -> list[str]:
             raise ValueError(f"{base.path} has no tensor '{name}', which {model.path} has{nearest(name, base.entries)}")
         if entry.shape != base.entries[name].shape:
             raise ValueError(f"'{name}' is {entry.shape} in {model.path} and {base.entries[name].shape} in {base.path}")
-        same = all(bool((tensors[0] == below).all()) for _, tensors, below in _chunks(model, base, name))
-        if same:
-            continue
-        if not entry.stored.is_floating_point:
-            raise ValueError(f"'{name}' holds whole numbers ({entry.stored}) that differ from the base's")
-        changed.append(name)
-    return changed
 
 
 def _chunks(model: Source, base: Source, name: str) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fusion._method import Method
+from fusion._misfit import shown
 from fusion._regions import Recipe
+from fusion._say import size
 from fusion._tasks import Task
 from fusion.checkpoint import natural
 from fusion.merge._sums import BLOCK, row_length
@@ -46,6 +48,32 @@ def checked_chunk(chunk: int) -> int:
 def region_bytes(models: int, chunk: int) -> int:
     """Memory of one region on one thread: raw and float32 inputs, what the method makes of them, what is written."""
     return chunk * (8 * (models + 1) + 4 * (2 * models + OVERHEAD) + 4)
+
+
+def large_bytes(recipe: Recipe, task: Task, count: int) -> int:
+    """Memory of `count` elements that are wanted at once, a whole tensor or a row longer than a region, besides a
+    method's own needs: raw and float32 inputs, results."""
+    if recipe.method.unit != "tensor":
+        return region_bytes(len(task.sources), count)
+    models = 1 if recipe.method.sequential else len(task.sources)
+    return 4 * count * (2 * models + 4)
+
+
+def too_large(recipe: Recipe | None, tasks: Sequence[Task], memory: int) -> list[str]:
+    """A sentence for a merge by whole tensors or rows, the largest of which alone takes more than `memory`."""
+    merging = [task for task in tasks if task.action == "merge" and task.numel]
+    if recipe is None or not merging or not (recipe.by_rows or recipe.method.unit == "tensor"):
+        return []
+    whole = recipe.method.unit == "tensor"
+    needs = [large_bytes(recipe, one, one.numel if whole else row_length(one.shape)) for one in merging]
+    need, largest = max(zip(needs, merging, strict=True), key=lambda pair: pair[0])
+    if need <= memory:
+        return []
+    return [
+        f"{recipe.method.word} goes by whole {'tensors, and one' if whole else 'rows, and one of a tensor'} like "
+        f"{largest.name} ({shown(largest.entry)}) takes about {size(need)} at once, more than memory "
+        f"({size(memory)}): what does not fit is worked on alone"
+    ]
 
 
 def fitted(models: int, memory: int, threads: int, chunk: int | None) -> tuple[int, int]:

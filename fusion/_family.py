@@ -58,6 +58,11 @@ class Family:
                 raise ValueError(
                     f"'{self.name}' is {one.dtype} in {whose} and {first.dtype} in model 0; convert one of them"
                 )
+            if one.is_quantized or (one.is_floating_point() and one.element_size() == 1):
+                raise ValueError(
+                    f"'{self.name}' of {whose} is quantised ({one.dtype}), and codes can't be averaged; dequantise it "
+                    f"first"
+                )
             if one.is_complex():
                 raise ValueError(f"'{self.name}' holds complex numbers ({one.dtype}), which no method merges")
             if one.is_floating_point() and not bool(torch.isfinite(one).all()):

@@ -13,8 +13,9 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from fusion import words
+from fusion._blocks import token_numbers
 from fusion._progress import Progress
-from fusion.data import encode
+from fusion.data import Document, Encoded, encode
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -194,7 +195,9 @@ def paired(job: Job, pair: Pair, data: str, said: str, least: int = 1, tokens: i
     bar: Progress[int] = job.progress(tokens, said)
     with bar:
         for document in job.documents(data):
-            both = [encode(tokenizer, document) for tokenizer in tokenizers]
+            both = [encode(tokenizer, document) for tokenizer in tokenizers] or [
+                _numbered(job, pair, data, document)
+            ] * 2
             rows = shared_boundaries(*(one.ends[:limit] for one in both))
             if len(rows[0]) < least:
                 continue
@@ -214,14 +217,21 @@ def paired(job: Job, pair: Pair, data: str, said: str, least: int = 1, tokens: i
 
 
 def _tokenizers(job: Job, pair: Pair) -> list[Any]:
-    """Of target and donor; one without a tokenizer takes the other's, since rows then correspond by number."""
+    """Of target and donor; one without a tokenizer takes the other's, since rows then correspond by number. None where
+    neither has one."""
     from fusion import sources
 
     folders = [job.model(side.name) for side in (pair.target, pair.donor)]
     having = [folder for folder in folders if (Path(folder) / "tokenizer.json").is_file()]
-    if not having:
-        raise ValueError(f"{job.place}.data: neither {pair.target.name} nor {pair.donor.name} has a tokenizer")
-    return [sources.load_tokenizer(folder if folder in having else having[0]) for folder in folders]
+    return [sources.load_tokenizer(folder if folder in having else having[0]) for folder in folders if having]
+
+
+def _numbered(job: Job, pair: Pair, data: str, document: Document) -> Encoded:
+    """A text of token numbers, each of which ends where it ends for the other network."""
+    import numpy as np
+
+    ids = token_numbers(job, pair.target.source.config, data, document)
+    return Encoded(ids, np.arange(1, len(ids) + 1), np.ones(len(ids), bool))
 
 
 def _positions(config: Mapping[str, Any]) -> int:

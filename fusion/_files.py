@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+INDEX = "model.safetensors.index.json"
 HEX = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _digests: dict[tuple, str] = {}
@@ -100,21 +101,28 @@ def config_of(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     if not file.exists():
         raise ValueError(f"{directory} has no config.json, so its architecture is unknown")
+    return json_of(file)
+
+
+def json_of(file: Path) -> dict[str, Any]:
+    """A file that holds a JSON object; ValueError naming one that does not."""
     return _json(file, file.read_bytes())
 
 
 def tensor_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, those its index names when there is one, in the order of their names."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
+    """The safetensors files of a checkpoint, those its index names when there is one, in the order of their names.
+
+    Without an index it is model.safetensors alone where there is one: other files may hold the weights once more.
+    """
+    if not (directory / INDEX).exists():
         files = sorted(directory.glob("*.safetensors"))
         if not files:
             raise ValueError(f"no *.safetensors in {directory}")
-        return files
-    names = sorted(set(_json(index, index.read_bytes())["weight_map"].values()))
+        return [file for file in files if file.name == "model.safetensors"] or files
+    names = sorted(set(_indexed(directory).values()))
     missing = [name for name in names if not (directory / name).exists()]
     if missing:
-        raise ValueError(f"{directory}: {index.name} names {len(names)} files, missing: {', '.join(missing[:5])}")
+        raise ValueError(f"{directory}: {INDEX} names {len(names)} files, missing: {', '.join(missing[:5])}")
     return [directory / name for name in names]
 
 
@@ -132,7 +140,21 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{file} is corrupt: the bytes of {name} overlap those of {before}")
             end, before = stop, name
             tensors[name] = Tensor(tuple(entry["shape"]), entry["dtype"], file.name, stop - start, data + start)
+    lost = [name for name in _indexed(directory) if name not in tensors]
+    if lost:
+        raise ValueError(f"{directory}: {INDEX} names {len(lost)} tensors that its files do not hold, like {lost[0]}")
     return tensors
+
+
+def _indexed(directory: Path) -> dict[str, str]:
+    """Tensor -> file, as the index of a checkpoint says; empty without one."""
+    index = directory / INDEX
+    if not index.exists():
+        return {}
+    found = json_of(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"{index} is corrupt: its weight_map is no table of tensors and their files")
+    return found
 
 
 def header(directory: Path) -> Header:
@@ -166,8 +188,6 @@ def _entries(file: Path) -> tuple[dict[str, Any], int]:
         if 8 + length > size:
             raise ValueError(f"{file} is truncated or no safetensors file ({size} bytes, header of {length})")
         entries = _json(file, stream.read(length))
-    if not isinstance(entries, dict):
-        raise ValueError(f"{file} is corrupt: its header is a {type(entries).__name__}, not a table of tensors")
     entries.pop("__metadata__", None)
     for name, entry in entries.items():
         if not _is_entry(entry):
@@ -191,6 +211,9 @@ def _is_entry(entry: Any) -> bool:
 
 def _json(file: Path, content: bytes) -> dict[str, Any]:
     try:
-        return json.loads(content)
+        found = json.loads(content)
     except ValueError as error:  # JSON and UTF-8 errors alike: the file is not what its name says
         raise ValueError(f"{file} can't be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is corrupt: it holds a JSON {type(found).__name__}, not an object")
+    return found

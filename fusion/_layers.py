@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from fusion._tasks import Inputs
     from fusion.checkpoint import Source
 
+# Every so many layers one sees the whole text, where a configuration of these does not list what each one sees.
+PERIODS = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -37,6 +40,8 @@ def stacked(inputs: Inputs, table: Sequence[Mapping[str, Any]]) -> tuple[list[Ta
     Tensors outside the layers are the base's, or the first model's. Raises ValueError for a table that can't be read,
     layers that a model doesn't have, and layers that do not fit one another.
     """
+    if not table:
+        raise ValueError("layers is empty; give at least one {model: NAME, take: [first, end]}")
     target_name, target = inputs.target
     prefix = _prefix(target)
     origins = [_origin(entry, inputs, f"layers[{n}]") for n, entry in enumerate(table)]
@@ -116,16 +121,31 @@ def _configured(target: Source, inputs: Inputs, origins: Sequence[tuple[str, int
     said = _count(config)
     if said is None:
         return config
-    inner = dict(config.get("text_config") or config)
+    inner = _spelt(config)
     for key, value in inner.items():
-        if isinstance(value, list) and len(value) == said[1]:
+        other = key == "architectures" or key.endswith("_token_id")  # as many by chance
+        if isinstance(value, list) and len(value) == said[1] and not other:
             inner[key] = [_listed(inputs.source(model).config, key)[index] for model, index in origins]
     inner[said[0]] = len(origins)
     return {**config, "text_config": inner} if config.get("text_config") else inner
 
 
+def _spelt(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's settings, with the kinds of layers that older spellings leave to a layer's number."""
+    inner = dict(config.get("text_config") or config)
+    said = _count(config)
+    if said is None or inner.get("layer_types"):
+        return inner
+    kind = str(inner.get("model_type"))
+    period = inner.get("sliding_window_pattern", PERIODS.get(kind)) if kind in PERIODS else None
+    local = [period is not None and (n + 1) % period != 0 for n in range(said[1])]
+    if inner.get("use_sliding_window") and "max_window_layers" in inner:
+        local = [n >= inner["max_window_layers"] for n in range(said[1])]
+    return inner | ({"layer_types": [LOCAL if one else GLOBAL for one in local]} if any(local) else {})
+
+
 def _listed(config: Mapping[str, Any], key: str) -> list[Any]:
-    value = (config.get("text_config") or config).get(key)
+    value = _spelt(config).get(key)
     if not isinstance(value, list):
         raise ValueError(
             f"the configuration of a model whose layers are taken has no list '{key}', as the first one has"

@@ -16,12 +16,12 @@ import torch
 from fusion import _carry
 from fusion._deal import Share, dealt, fitted, largest_first, threads_here
 from fusion._joint import Joint
+from fusion._libc import keep_freed_memory
 from fusion._manifest import Manifest
 from fusion._merge_metrics import metrics
-from fusion._merge_plan import Planned, planned
+from fusion._merge_plan import Planned, notes, planned
 from fusion._params import layer_of
-from fusion._partial import PLAN, Wait, alone, begun, left_over, meet, patient, prepare
-from fusion._pool import keep_freed_memory
+from fusion._partial import PLAN, Wait, alone, begun, left_over, meet, patient, prepare, refuse_place
 from fusion._regions import Reader, Work
 from fusion._room import room
 from fusion._say import bytes_of
@@ -92,8 +92,7 @@ def merge_checkpoints(
     that exists.
     """
     out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists; give another directory, or take it away")
+    refuse_place(out)
     plan = planned(
         method,
         models,
@@ -131,6 +130,8 @@ def merge_into(plan: Planned, directory: Path, run: Run) -> dict[str, Any]:
     extras = _extra_shards(plan)
     wait = run.wait or patient
     if run.rank == 0:
+        for note in notes(plan, run.memory):
+            run.say(note)
         prepare(plan, directory, shards, extras, run.say)
     else:
         wait(lambda: begun(directory, plan), "rank 0 to prepare the files")

@@ -49,10 +49,11 @@ def adapters_alone(fields: Mapping[str, Any], recipe: Recipe) -> bool:
     )
 
 
-def check(view: View) -> None:
-    """Raises ValueError, with the place, for parameters that the method can't take and models that do not match."""
-    from fusion._merge_plan import planned
-    from fusion._method import Method
+def check(view: View) -> list[str]:
+    """Raises ValueError, with the place, for parameters that the method can't take and models that do not match;
+    what else a reader of the plan should know."""
+    from fusion._merge_plan import notes, planned
+    from fusion._method import Method, weighed
 
     fields, place = view.fields, view.place
     given = options(fields, place, view.recipe.base, view.recipe.seed)
@@ -75,7 +76,7 @@ def check(view: View) -> None:
             {name: value for name, value in params.items() if value is not None},
             len(said.models),
             base=fields.get("base") is not None or alone,
-            weights=said.weights is not None,
+            weights=weighed(said.weights),
             place=f"{place}.params",
         )
     if alone:
@@ -84,14 +85,14 @@ def check(view: View) -> None:
                 raise ValueError(
                     f"{place}.{name}: adapters merge into an adapter, and '{name}' has nothing to say to that"
                 )
-        return
+        return []
     names = [*said.models, *([fields["base"]] if fields.get("base") else [])]
     opened = {name: headers_here(view, name) for name in dict.fromkeys(names)}
     here = {name: source for name, source in opened.items() if source is not None}
     if len(here) < len(opened):
-        return
+        return []
     try:
-        planned(
+        merge = planned(
             method,
             {name: here[name] for name in said.models},
             base=here[fields["base"]] if fields.get("base") else None,
@@ -100,6 +101,7 @@ def check(view: View) -> None:
         )
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
+    return notes(merge, bytes_of(fields["memory"], "memory"))
 
 
 def headers_here(view: View, name: str) -> Source | None:

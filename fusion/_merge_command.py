@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import time
@@ -20,6 +21,7 @@ from fusion._progress import Progress
 from fusion._say import duration, size
 from fusion.recipe import ModelRef, scalar
 
+HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 PATIENCE = 2.0  # seconds without a bar
 CHANGE_BYTES = ("only", "copy", "dtype", "tokenizer", "seed")  # of the options
 
@@ -174,10 +176,13 @@ def parse_params(params: Sequence[str]) -> dict[str, Any]:
 def _located(path: str) -> Path:
     """A directory; of a .gguf file its conversion."""
     if not path.endswith(".gguf"):
+        if not Path(path).exists() and HUB.fullmatch(path):
+            raise ValueError(f"there is no directory {path}; what lies on the hub goes into a recipe: {{hub: {path}}}")
         return Path(path)
     from fusion import _keys, sources
 
-    return sources.resolve(path, ModelRef(path, path=path), _keys.cache_directory(), Path.cwd(), lambda _: [])
+    ref = ModelRef(path, path=path, place=Path(path).name)
+    return sources.resolve(path, ref, _keys.cache_directory(), Path.cwd(), lambda _: [])
 
 
 @contextmanager

@@ -28,7 +28,8 @@ def metrics(plan: Planned, shares: Sequence[Share], manifest: Manifest) -> dict[
         parts.setdefault(share.task.name, []).append(line)
     found = {task.name: _added(parts[task.name]) for task in plan.tasks}
     entries = [_entry(task, parts[task.name][0]["action"], found[task.name]) for task in plan.tasks]
-    weights = plan.recipe.weights.tolist() if plan.recipe else None
+    weighed = plan.recipe is not None and "weights" in plan.recipe.method.needs
+    weights = plan.recipe.weights.tolist() if plan.recipe is not None and weighed else None
     return {
         "method": plan.given["method"],
         "params": plan.given["params"],

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fusion import __version__, words
+from fusion._carry import left_behind
+from fusion._deal import too_large
 from fusion._files import file_digest
-from fusion._method import Method
+from fusion._method import Method, weighed
+from fusion._misfit import shown
 from fusion._names import renamed
 from fusion._params import depths, layer_of
 from fusion._regions import Recipe
@@ -54,9 +57,11 @@ class Planned:
                 {
                     "fusion": __version__,
                     **self.given,
-                    "inputs": {name: {"path": str(one.path), "files": _files(one)} for name, one in models.items()},
+                    "inputs": {
+                        name: {"path": str(one.path.absolute()), "files": _files(one)} for name, one in models.items()
+                    },
                     "statistics": {
-                        name: {"path": str(one.path), "files": _files(one)} for name, one in sidecars.items()
+                        name: {"path": str(one.path.absolute()), "files": _files(one)} for name, one in sidecars.items()
                     },
                 }
             )
@@ -70,6 +75,14 @@ class Planned:
         sources = [file_digest(words.find(room, word).file) for room, word in zip(rooms, found)]
         config = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
         return {**self.provenance, "config": config, "shard_size": self.shard_size, "methods": sources}
+
+
+def notes(plan: Planned, memory: int) -> list[str]:
+    """What is no error and should be known before the merge."""
+    found = too_large(plan.recipe, plan.tasks, memory)
+    if plan.given["tokenizer"] is None:
+        found += left_behind(plan.inputs.models, *plan.inputs.target)
+    return found
 
 
 def _files(source: Source) -> list[list[Any]]:
@@ -130,7 +143,7 @@ def planned(
     recipe = None
     if method is not None:
         found = _method(method)
-        fitted = found.check(params or {}, len(opened), base=ground is not None, weights=weights is not None)
+        fitted = found.check(params or {}, len(opened), base=ground is not None, weights=weighed(weights))
         after = tuple(_post(one, ground is not None) for one in post or ())
         recipe = Recipe(found, fitted, _weights(found, weights, len(opened)), after, seed)
     every, config = tasks(inputs, only=only, copy=copy, layers=layers, dtype=dtype)
@@ -150,19 +163,54 @@ def planned(
     }
     plan = Planned(inputs, recipe, tuple(every), config, sidecars, _speaker(inputs, tokenizer), shard_size, given)
     if recipe is not None:
-        _informed(sidecars, recipe.method)
+        _informed(plan, recipe.method)
+        _informed_after(plan, [word for word, _ in after])
         _resolvable(plan, recipe)
     return plan
 
 
-def _informed(sidecars: Mapping[str, Source], method: Method) -> None:
-    """Every statistic that the method can't do without is there for some tensor."""
-    held = {name.partition("/")[0] for model, source in sidecars.items() if model for name in source.entries}
+def _informed(plan: Planned, method: Method) -> None:
+    """Every statistic that the method can't do without is there for some tensor, and those that it reads entry by entry
+    are there for all models or none, in the tensor's shape."""
+    sidecars = {model: source for model, source in plan.sidecars.items() if model}
+    held = {name.partition("/")[0] for source in sidecars.values() for name in source.entries}
     for statistic in method.inputs:
         if statistic not in held and statistic not in method.optional:
             raise ValueError(
                 f"{method.word} reads the statistic '{statistic}' of each model, and no file given under statistics "
                 f"holds tensors called {statistic}/..."
+            )
+    for task in plan.tasks:
+        for statistic, kind in method.inputs.items() if task.action == "merge" else ():
+            if kind == "element":
+                _of_all(plan, method, task, statistic)
+
+
+def _informed_after(plan: Planned, after: Sequence[Method]) -> None:
+    """The statistics of the base that words under `post` read are there for some tensor."""
+    source = plan.sidecars.get("")
+    held = set() if source is None else {name.partition("/")[0] for name in source.entries}
+    for word in after:
+        for statistic in word.inputs.keys() - held:
+            raise ValueError(
+                f"post: {word.word} reads the statistic '{statistic}' of the base, and no file given for it under "
+                f"statistics (base: FILE) holds tensors called {statistic}/..."
+            )
+
+
+def _of_all(plan: Planned, method: Method, task: Task, statistic: str) -> None:
+    found = {}
+    for model, own in zip(plan.inputs.models, task.sources, strict=True):
+        sidecar = plan.sidecars.get(model)
+        found[model] = None if sidecar is None else sidecar.entries.get(f"{statistic}/{own}")
+    lacking = [model for model, entry in found.items() if entry is None]
+    if lacking and len(lacking) < len(found):
+        raise ValueError(f"{method.word} needs {statistic}/... of {task.name} of every model; '{lacking[0]}' has none")
+    for model, entry in found.items():
+        if entry is not None and entry.shape != task.shape:
+            raise ValueError(
+                f"{entry.name} among the statistics of '{model}' is {shown(entry)}, the tensor it is about "
+                f"{shown(task.entry)}"
             )
 
 

@@ -11,7 +11,7 @@ from fusion._kinship import OUTLIER, STRANGE, warnings
 from fusion._readings import is_number, numbers_of, optional_json
 from fusion.recipe import Step
 
-DIVIDES = ("karcher", "multislerp", "nuslerp", "slerp")  # methods whose result is as long as its inputs by themselves
+DIVIDES = ("karcher", "multislerp", "nuslerp")  # methods whose result is as long as its inputs by themselves
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,13 @@ def weight_sentences(merge: Merge) -> list[str]:
     if merge.weights is None or abs(sum(merge.weights) - 1) < 1e-6:
         return []
     total = f"The weights add up to {draw.short(sum(merge.weights))}, not to 1"
+    if merge.divides:
+        return [f"{total}; {merge.method} divides by their sum, so that only their ratios count."]
     if merge.base is not None:
         return [
             f"{total}. Around a base that is allowed: a weight scales a task vector, and 1 for each is plain task "
             "arithmetic."
         ]
-    if merge.divides:
-        return [f"{total}; {merge.method} divides by their sum, so that only their ratios count."]
     return [
         f"{total}, and there is no base: weights of whole models that do not add up to 1 make every number of the "
         "result too large or too small, unless the method divides by their sum."

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -167,8 +168,9 @@ class Method:
     ) -> dict[str, Any]:
         """The given parameters, fitted to their annotations; ValueError, one sentence, for what the method can't take.
 
-        `k` models; `base`, `weights`: whether they were given; `live`: shards of a model in training. A base that the
-        method does not look at is no error: it still lends its configuration and the tensors that are copied.
+        `k` models; `base`, `weights`: whether they were given (see `weighed`); `live`: shards of a model in training. A
+        base that the method does not look at is no error: it still lends its configuration and the tensors that are
+        copied.
         """
         at = f"{place}: " if place else ""
         fitted: dict[str, Any] = {}
@@ -188,7 +190,9 @@ class Method:
         if self.base_required and not base:
             raise ValueError(f"{at}{self.word} works on what changed since a common base; give it: base")
         if weights and "weights" not in self.needs:
-            raise ValueError(f"{at}{self.word} weighs the models itself, or not at all; leave the weights out")
+            raise ValueError(
+                f"{at}{self.word} weighs the models itself, or not at all; leave the weights out, or all 1"
+            )
         if live and (self.unit != "element" or self.sequential):
             raise ValueError(
                 f"{at}{self.word} needs whole {'rows' if self.unit == 'row' else 'tensors'}, and shards of a model in "
@@ -213,6 +217,8 @@ class Method:
             # what is interpolated comes out as a number with a fraction
             if between and (isinstance(leaf, bool) or not isinstance(leaf, int | float)):
                 raise ValueError(f"{place}: layers interpolates between numbers, and {leaf!r:.60} is none")
+            if isinstance(leaf, float) and math.isnan(leaf):
+                raise ValueError(f"{place}: a number is needed here, not NaN")
             _, allowed = fit(float(leaf) if between else leaf, annotation)
             if allowed:
                 raise ValueError(f"{place}: {allowed} is needed here, not {type(leaf).__name__} {leaf!r:.60}")
@@ -259,6 +265,11 @@ class Method:
         if self.stayer is None:
             return True
         return bool(self.stayer(**{n: weights if n == "weights" else params[n] for n in _asked(self.stayer)}))
+
+
+def weighed(weights: Sequence[float] | None) -> bool:
+    """Whether weights were given: 1 each says what leaving them out says."""
+    return weights is not None and any(float(one) != 1 for one in weights)
 
 
 @functools.cache

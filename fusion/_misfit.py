@@ -3,7 +3,6 @@ weights, heads that are tied in one model and not in another."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence, Set
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fusion._files import json_of
 from fusion.checkpoint import NAMES, Entry, Source
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
+CUT = ("num_attention_heads", "n_head", "num_heads", "num_key_value_heads", "head_dim")
 SCALES = ("_scale", "_scale_inv", ".scales", ".absmax", ".qzeros", ".SCB", ".g_idx", ".quant_map", "_zero_point")
 CODES = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -184,21 +185,46 @@ def _tokenizer(source: Source) -> Path | None:
 
 def _tokens(file: Path) -> dict[int, str]:
     """Row -> token of a tokenizer.json."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json_of(file)
     words = content["model"].get("vocab", {})
     found = {number: entry[0] for number, entry in enumerate(words)} if isinstance(words, list) else {}
     found |= {} if isinstance(words, list) else {number: word for word, number in words.items()}
     return found | {added["id"]: added["content"] for added in content.get("added_tokens", ())}
 
 
-def refuse_dtypes(inputs: Inputs, merging: Sequence[str]) -> None:
-    """ValueError, with both dtypes, when a tensor is not of one dtype in all models: nothing is cast unasked."""
+def refuse_heads(inputs: Inputs) -> None:
+    """ValueError when a model cuts its attention into other heads than the target: shapes may agree all the same."""
+    name, target = inputs.target
+    mine = target.config.get("text_config") or target.config
+    for model, source in inputs.models.items():
+        theirs = source.config.get("text_config") or source.config
+        for key in CUT:
+            ours, other = mine.get(key), theirs.get(key)
+            if isinstance(ours, int) and isinstance(other, int) and ours != other:
+                raise ValueError(
+                    f"{called(model)} has {key} {other} and {called(name)} {ours}: their attention is cut into other "
+                    f"heads, where rows of the same number do different things; only models of one architecture can "
+                    f"be merged"
+                )
+
+
+def refuse_dtypes(inputs: Inputs, merging: Sequence[str], wanted: torch.dtype | None) -> None:
+    """ValueError, with both dtypes, when a tensor is not of one dtype in all models: nothing is cast unasked, and whole
+    numbers not at all."""
     everyone = inputs.everyone.items()
     for name in merging:
         found: dict[torch.dtype, str] = {}
         for model, source in everyone:
             found.setdefault(source.entries[name].stored, model)
-        if len(found) > 1:
+        codes = [dtype for dtype in found if not dtype.is_floating_point]
+        if codes and len(codes) < len(found):
+            number = next(dtype for dtype in found if dtype.is_floating_point)
+            raise ValueError(
+                f"{name} is {str(codes[0])[6:]} in {called(found[codes[0]])} and {str(number)[6:]} in "
+                f"{called(found[number])}; whole numbers are codes or counts, which can't be averaged: say with copy: "
+                f"that it stays {called(inputs.target[0])}'s"
+            )
+        if wanted is None and len(found) > 1:
             (one, first), (other, second) = list(found.items())[:2]
             raise ValueError(
                 f"{name} is {str(one)[6:]} in {called(first)} and {str(other)[6:]} in {called(second)}; say what the "

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fusion import _carry
 from fusion._merge_plan import Planned
 from fusion._say import size
 from fusion.checkpoint import Shard, Writer
@@ -19,6 +20,16 @@ from fusion.checkpoint import Shard, Writer
 PLAN = "merge-plan.json"
 LEFT = ("manifest-*.jsonl", "stats-*", "finished-*")  # what is no part of the result
 Wait = Callable[[Callable[[], bool], str], None]
+
+
+def refuse_place(out: Path) -> None:
+    """ValueError for a directory that is there already, and for one that can't be made."""
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists; give another directory, or take it away")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        why = "may not be written to" if above.is_dir() else "is a file"
+        raise ValueError(f"{out} can't be made, because {above} {why}; give another directory")
 
 
 @contextmanager
@@ -45,8 +56,9 @@ def prepare(
     if marker.exists():
         say(f"{directory} was begun with other inputs or parameters; it is begun anew")
         marker.unlink()
-    for old in [*directory.glob("*.safetensors"), *left_over(directory)]:
-        old.unlink()
+    beside = [directory / name for name in (*_carry.FILES, *_carry.OWN)]  # of one that was killed at its very end
+    for old in [*directory.glob("*.safetensors"), *left_over(directory), *beside]:
+        old.unlink(missing_ok=True)
     shutil.rmtree(directory / "extras", ignore_errors=True)
     need, free = sum(one.size for one in (*shards, *extras)), shutil.disk_usage(directory).free
     if need > free:

@@ -126,9 +126,12 @@ def read_torch(file: Path, start: int = 0, length: int | None = None) -> Any:
 
 
 def read_plain(file: Path) -> Any:
-    """The object that pickle.dump wrote to a file, its classes as records."""
+    """The object that pickle.dump wrote to a file, its classes as records; ValueError for one that is cut off."""
     with file.open("rb") as stream:
-        return _Reader(stream, file, lambda key: 0).load()
+        try:
+            return _Reader(stream, file, lambda key: 0).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:  # all that damage may raise
+            raise ValueError(f"{file} is cut off or was not written by pickle: {error}") from error
 
 
 class _Reader(pickle.Unpickler):

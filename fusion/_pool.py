@@ -6,8 +6,6 @@ reads, computes and writes.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,16 +15,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-
-def keep_freed_memory() -> None:
-    """Asks glibc not to hand freed megabytes back to the kernel, which would clear their pages anew for each region."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            trim_threshold, mmap_threshold = -1, -3
-            libc.mallopt(trim_threshold, 1 << 29)
-            libc.mallopt(mmap_threshold, 1 << 25)
 
 
 class Slot:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusion._deal import large_bytes
 from fusion._manifest import Manifest
 from fusion._method import Region
 from fusion._misfit import called
@@ -135,7 +136,7 @@ class Stream:
     def _at_once(self, work: Work, slot: Slot) -> None:
         """A tensor of one region is read once for everything."""
         method = self.recipe.method
-        with self._space(work, slot):
+        with self._space(work, slot, work.stop - work.start):
             region = self.reader.region(work, work.start, work.stop, slot, check=True)
             first, *others = [*region.stacked.unbind(), *([] if region.base is None else [region.base])]
             work.equal = all(torch.equal(first, other) for other in others)
@@ -154,7 +155,7 @@ class Stream:
 
         def unit(number: int, start: int, stop: int) -> Unit:
             def read(slot: Slot) -> None:
-                with self._space(work, slot):
+                with self._space(work, slot, stop - start):
                     region = self.reader.region(work, start, stop, slot, check=index == 0)
                     found = method.call_pass(index, region, work.params)
                 with work.lock:
@@ -168,7 +169,7 @@ class Stream:
         check = bool(work.equal) or not self.recipe.method.needed(work.params)  # else the first pass has looked
 
         def write(slot: Slot) -> None:
-            with self._space(work, slot):
+            with self._space(work, slot, stop - start):
                 self._written(work, number, self.reader.region(work, start, stop, slot, check), slot)
 
         return write
@@ -198,13 +199,13 @@ class Stream:
             work.readings.add(number, seen)
 
     @contextmanager
-    def _space(self, work: Work, slot: Slot) -> Iterator[None]:
-        """A whole tensor waits until there is memory for it, and keeps none of it; regions have theirs already."""
-        if self.recipe.method.unit != "tensor":
+    def _space(self, work: Work, slot: Slot, count: int) -> Iterator[None]:
+        """A whole tensor or a long row waits until there is memory for it, and keeps none of it; regions have theirs
+        already."""
+        if self.recipe.method.unit != "tensor" and count <= self.chunk:
             yield
             return
-        models = 1 if self.recipe.method.sequential else len(self.reader.inputs.models)
-        with self.room.of(whole_bytes(models, work.task.numel)):
+        with self.room.of(large_bytes(self.recipe, work.task, count)):
             yield
             slot.clear()
 
@@ -243,8 +244,3 @@ class Stream:
         self.manifest.add(work.key, self._checksum(work), action, work.readings.values())
         work.stats, work.readings = {}, Running()  # works outlive their tensors' turn
         self.told(work.task)
-
-
-def whole_bytes(models: int, numel: int) -> int:
-    """Memory of a whole-tensor method on one tensor, besides its own needs: raw and float32 inputs, results."""
-    return 4 * numel * (2 * models + 4)

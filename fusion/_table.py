@@ -31,6 +31,9 @@ def show_plan(plan: Plan) -> None:
         shown = ("", "", "") if planned.done else figures
         table.add_row(planned.step.verb, planned.name, "yes" if planned.done else "", planned.key[:8], reads, *shown)
     console.print(table)
+    for planned in plan.steps:
+        for note in () if planned.done else planned.notes:
+            console.print(f"{planned.name}: {note}", markup=False)
     left = [need for planned, need in zip(plan.steps, needs, strict=True) if not planned.done]
     if not left:
         console.print("Everything is done; fusion run only writes the report again.")

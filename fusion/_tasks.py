@@ -90,6 +90,7 @@ def tasks(
         _misfit.refuse_codes(_misfit.called(name), source)
     config = dict(inputs.target[1].config)
     if layers is not None:
+        _misfit.refuse_heads(inputs)
         takes, config = stacked(inputs, layers)
         found = [_taken(take, inputs, wanted) for take in takes]
     else:
@@ -130,8 +131,9 @@ def _merged(
     _misfit.refuse_gaps(inputs, merging, only, hidden)
     _misfit.refuse_shapes(inputs, merging)
     _misfit.refuse_vocabularies(inputs, merging)
-    if wanted is None:
-        _misfit.refuse_dtypes(inputs, merging)
+    if any("att" in name for name in merging):
+        _misfit.refuse_heads(inputs)
+    _misfit.refuse_dtypes(inputs, merging, wanted)
     chosen = set(merging)
     found = []
     for name, entry in target.entries.items():

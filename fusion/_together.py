@@ -68,7 +68,13 @@ def standing_in(job: Job, models: Sequence[str], maps: Sequence[str]) -> list[st
 
 
 def same_sizes(first: Spaces, other: Spaces, name: str, other_name: str, place: str) -> None:
-    """ValueError where two networks differ in a space: its size or its group, or that only one has it."""
+    """ValueError where two networks differ in a space: its size or its group, or that only one has it; and where only
+    the other has a head of its own."""
+    if first.ties and not other.ties:
+        raise ValueError(
+            f"{place}.models: {other_name} has a head of its own, and that of {name} is tied; name {other_name} first, "
+            f"or give {name} one: align: {{out: ..., target: {name}, donor: {name}, untie: true}}"
+        )
     for space in (*first.spaces, *other.spaces):
         own, theirs = first.by_name.get(space.name), other.by_name.get(space.name)
         if own != theirs:

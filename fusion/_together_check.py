@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ def check_zip(view: View) -> None:
     for name in ("alpha", "beta"):
         if not 0 <= fields[name] <= 1:
             raise ValueError(f"{place}.{name}: it is {fields[name]} and must be in 0 to 1")
+    if fields["alpha"] == 0 and len(fields["models"]) > 2:
+        raise ValueError(
+            f"{place}.alpha: with 0 a merged unit merges no more, and one of {len(fields['models'])} models has to"
+        )
     table = _common(view)
     if fields["until"] is not None and fields["heads"] == "average":
         raise ValueError(
@@ -43,11 +48,11 @@ def check_zip(view: View) -> None:
 def check_least_squares(view: View) -> None:
     """ValueError, with the place, for what can be seen without weights."""
     fields, place = view.fields, view.place
-    if fields["ridge"] < 0:
-        raise ValueError(f"{place}.ridge: it is {fields['ridge']} and must not be negative")
+    if not 0 <= fields["ridge"] < math.inf:
+        raise ValueError(f"{place}.ridge: it is {fields['ridge']} and must be a number of at least 0")
     models = listed(fields["models"])
     weights = fields["models"].values() if isinstance(fields["models"], dict) else [1.0]
-    if not all(isinstance(one, int | float) and one >= 0 for one in weights) or not sum(weights) > 0:
+    if not all(0 <= one < math.inf for one in weights) or not sum(weights) > 0:
         raise ValueError(f"{place}.models: weights are numbers of at least 0, and one is larger: {fields['models']}")
     table = _common(view)
     width = fields["width"]
@@ -105,15 +110,18 @@ def _common(view: View) -> Spaces | None:
                 f"with untie as well, and give models: [that, {name}]"
             )
     tables: dict[str, Spaces] = {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name in models:
         config = view.config(name)
         if config is None:
             continue
         _family(config, f"{place}.models.{name}")
+        if config["model_type"] == "vit":
+            raise ValueError(f"{place}.models.{name}: it looks at pictures (vit), and data are texts")
         if view.kinds.get(name) == "directory":
-            names = frozenset(header(_keys.model_directory(view.recipe, name)).tensors)
+            shapes[name] = header(_keys.model_directory(view.recipe, name)).shapes
             try:
-                tables[name] = find_family(config, names)
+                tables[name] = find_family(config, frozenset(shapes[name]))
             except ValueError as error:
                 raise ValueError(f"{place}.models.{name}: {error}") from None
         elif view.kinds.get(view.origin(name)) == "directory":
@@ -122,7 +130,22 @@ def _common(view: View) -> Spaces | None:
     for name, table in tables.items():
         if models[0] in tables and name not in aligned:
             same_sizes(tables[models[0]], table, models[0], name, place)
+        if models[0] in shapes and name in shapes and name not in aligned and fields.get("heads") != "keep":
+            _same_heads(shapes[models[0]], shapes[name], (models[0], name), place)
     return tables.get(models[0])
+
+
+def _same_heads(
+    first: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]], names: tuple[str, str], place: str
+) -> None:
+    """ValueError for heads of other classes, which have no mean."""
+    odd = next((key for key, shape in first.items() if other.get(key, shape) != shape), None)
+    if odd is not None:
+        sizes = [" x ".join(map(str, shapes[odd])) for shapes in (first, other)]
+        raise ValueError(
+            f"{place}.models: {odd} is {sizes[0]} in {names[0]} and {sizes[1]} in {names[1]}: heads of other classes "
+            "have no mean; zip with heads: keep leaves each its own"
+        )
 
 
 def _units(view: View, table: Spaces, what: str) -> list[str]:

@@ -27,18 +27,37 @@ class Zipped:
 
 
 def in_first_units(job: Job, models: Sequence[str], maps: Sequence[str]) -> Together:
-    """The networks; those without an align step in `maps` are carried into the first one's units by their weights."""
-    from fusion._align import aligned, pair_of
+    """The networks; those without an align step in `maps` are carried into the first one's units by their weights, with
+    heads of other classes than the first one's."""
+    import torch
+
+    from alignment import find_family
+    from fusion._align import Pair, aligned, grows, side
     from fusion._features import Features
 
     networks = opened(job, models, maps)
-    tensors = [networks.tensors[0]]
-    for name, own in zip(networks.names[1:], networks.tensors[1:]):
+    sources = [job.source(name) for name in networks.names]
+    tables = [find_family(one.config, frozenset(own)) for one, own in zip(sources, networks.tensors)]
+    folded = not any(one.ties for one in tables) and grows(networks.config, networks.spaces)
+    every = list(zip(networks.names, sources, networks.tensors, tables))
+    first, tensors = side(*every[0], folded), [networks.tensors[0]]
+    for name, source, own, table in every[1:]:
         if name in maps:
             tensors.append(own)
             continue
-        pair = pair_of(job, models[0], name, False)
+        heads = {key: torch.zeros_like(one) for key, one in own.items() if one.shape != first.stored[key].shape}
+        target = side(*every[0][:2], {**first.stored, **heads}, tables[0], folded) if heads else first
+        pair = Pair(target, side(name, source, own, table, folded), folded)
         tensors.append(aligned(pair, "hungarian", {}, None, 5, job.seed, Features("weights"))[1])
+    return replace(networks, tensors=tuple(tensors))
+
+
+def alike(networks: Together) -> Together:
+    """The networks with the first one's head in the place of those of other classes."""
+    first = networks.tensors[0]
+    tensors = (
+        {key: t if t.shape == first[key].shape else first[key] for key, t in one.items()} for one in networks.tensors
+    )
     return replace(networks, tensors=tuple(tensors))
 
 
@@ -53,7 +72,7 @@ def zipped(
     length: int,
 ) -> Zipped:
     """Groups of the neurons of layers before `until`, by their correlations on data."""
-    batches, running = flows(job, networks, data, tokens, length)
+    batches, running = flows(job, alike(networks), data, tokens, length)
     found = Zipped({}, {}, {"tokens": sum(one["input_ids"].numel() for one in batches)})
     for layer in job.progress(range(until), f"{job.name}: layers"):
         for name in networks.units:
@@ -122,12 +141,7 @@ def written(job: Job, networks: Together, found: Zipped, until: int, keeps: bool
     from fusion._whole import write_whole
 
     own = tail(networks.spaces, until, keeps)
-    first = networks.tensors[0]
-    same = [  # of a head of other classes only its owner's copy counts
-        {name: t if t.shape == first[name].shape else first[name] for name, t in one.items()}
-        for one in networks.tensors
-    ]
-    trunk = joined(networks.spaces, same, found.groups, signs=found.signs)
+    trunk = joined(networks.spaces, alike(networks).tensors, found.groups, signs=found.signs)
     if not own:
         write_whole(job, job.directory, trunk, networks.config, networks.source, shard_size)
         return

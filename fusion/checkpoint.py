@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fusion import sources
-from fusion._files import tensors_of
+from fusion._files import config_of, tensors_of
+from fusion._libc import begin_writing
 from fusion.merge._compiled import loops
 
 # A dtype as safetensors writes it.
@@ -39,6 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 1 << 22  # bytes read at a time for a checksum
+SOON = 1 << 19  # bytes that are worth a call to have the disk write them
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Checkpoint:
         Raises ValueError naming a truncated, corrupt or foreign file.
         """
         path = Path(path)
-        directory, config = path.parent if path.is_file() else path, path / "config.json"
+        directory = path.parent if path.is_file() else path
         tensors = tensors_of(path)
         files = list(dict.fromkeys(tensor.file for tensor in tensors.values()))
         entries: dict[str, Entry] = {}
@@ -106,7 +108,7 @@ class Checkpoint:
             entries[name] = entry
         descriptors = {file: os.open(directory / file, os.O_RDONLY) for file in files}
         places = {name: (descriptors[tensor.file], tensor.start) for name, tensor in tensors.items()}
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        settings = config_of(path) if (path / "config.json").is_file() else {}
         return cls(path, settings, entries, tuple(directory / file for file in files), places)
 
     def read(self, name: str, start: int, stop: int, into: Tensor) -> None:
@@ -145,7 +147,8 @@ def open_source(directory: Path | str, base: Source | None = None) -> Source:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"there is no directory {directory}")
+        there = "; it is a file, give the directory that it lies in" if directory.exists() else ""
+        raise ValueError(f"there is no directory {directory}{there}")
     if (directory / "adapter_config.json").is_file():
         from fusion._adapters import open_adapter
 
@@ -159,7 +162,7 @@ def open_source(directory: Path | str, base: Source | None = None) -> Source:
 
         if _sharded.find(directory) is not None:
             return _sharded.open_sharded(directory, base)
-        sources.refuse_pickled(str(directory), directory)
+        sources.refuse_pickled(directory)
     return Checkpoint.open(directory)
 
 
@@ -244,10 +247,12 @@ class Writer:
         """Puts elements [start, start + n) of a tensor where they belong."""
         descriptor, offset = self.places[name]
         view = values.view(torch.uint8).numpy().data
-        place = offset + start * values.element_size()
+        first = place = offset + start * values.element_size()
         while view:
             count = os.pwrite(descriptor, view, place)
             view, place = view[count:], place + count
+        if place - first >= SOON:
+            begin_writing(descriptor, first, place - first)
 
     def checksum(self, name: str, start: int, stop: int) -> str:  # bytes of the tensor
         """32 hex digits (xxh3-128) of what the file holds now."""

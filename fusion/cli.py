@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from fusion import _ending
+
 RAW = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
@@ -187,5 +189,15 @@ def show(directories: tuple[Path, ...], base: Path | None) -> None:
         _compare.show(directories, base)
 
 
+def command() -> None:
+    """What the shell calls: `main`, and a quick end of what went well."""
+    try:
+        main()
+    except SystemExit as end:  # click's
+        if end.code == 0:
+            _ending.done()
+        raise
+
+
 if __name__ == "__main__":
-    main()
+    command()

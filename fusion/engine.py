@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusion import words
 from fusion._family import After, Family
-from fusion._method import Method
+from fusion._method import Method, weighed
 from fusion._params import depths, layer_of
 from fusion._say import nearest
 from fusion.merge._x import joined, values
@@ -47,7 +47,7 @@ def merge_tensors(
     tensor (model scope), and for inputs that do not go together or are not finite.
     """
     found = _method(method)
-    fitted = found.check(params, len(tensors), base=base is not None, weights=weights is not None)
+    fitted = found.check(params, len(tensors), base=base is not None, weights=weighed(weights))
     if found.scope(fitted) == "model":
         raise ValueError(f"{method} looks at the whole model here (scope: model); merge_state_dicts gives it that")
     w = _weights(found, weights, len(tensors))
@@ -73,14 +73,11 @@ def merge_state_dicts(
     Raises ValueError as merge_tensors does, and naming the first tensor that some have and others lack.
     """
     found, given = _method(method), inputs or {}
-    fitted = found.check(params, len(dicts), base=base is not None, weights=weights is not None)
+    fitted = found.check(params, len(dicts), base=base is not None, weights=weighed(weights))
     _same_names(dicts, base)
     after = [_post(one, base is not None) for one in post or ()]
     own = {statistic: given[statistic] for statistic in given if not isinstance(given[statistic], Mapping)}
-    for statistic in given.keys() - own.keys():
-        known = sorted({one for word, _ in after for one in word.inputs})
-        if statistic not in known:
-            raise ValueError(f"no post word here reads a statistic '{statistic}'{nearest(statistic, known)}")
+    _sides(found, [word for word, _ in after], given, dicts)
     w, stacks = _weights(found, weights, len(dicts)), depths(dicts[0])
     families, concrete = {}, {}
     for name in dicts[0]:
@@ -144,6 +141,40 @@ def _post(given: str | Mapping[str, Any], base: bool) -> tuple[Method, dict[str,
     if method.base_required and not base:
         raise ValueError(f"post: {word} works on what changed since a common base; give it: base")
     return method, method.check(params or {}, 1, place="post")
+
+
+def _sides(
+    method: Method, after: Sequence[Method], given: Mapping[str, Any], dicts: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Raises ValueError for statistics that nobody reads, that have the wrong form or are all of other tensors, and for
+    those of the base that post words lack."""
+    of_base = {statistic: word.word for word in after for statistic in word.inputs}
+    for statistic, word in of_base.items():
+        if not isinstance(given.get(statistic), Mapping):
+            raise ValueError(
+                f"post: {word} reads the statistic '{statistic}' of the base; give inputs one dict, tensor's name -> "
+                f"statistic"
+            )
+    for statistic, one in given.items():
+        if isinstance(one, Mapping) and statistic in method.inputs:
+            raise ValueError(
+                f"inputs['{statistic}'] is one dict, and {method.word} reads one of each model; give a list of "
+                f"{len(dicts)}"
+            )
+        if isinstance(one, Mapping) and statistic not in of_base:
+            raise ValueError(f"no post word here reads a statistic '{statistic}'{nearest(statistic, of_base)}")
+        each = [one] if isinstance(one, Mapping) else one
+        for i, found in enumerate(each):
+            if found is not None and not isinstance(found, Mapping):
+                raise ValueError(
+                    f"inputs['{statistic}'] of model {i} is a {type(found).__name__}; give a dict, tensor's name -> "
+                    f"statistic"
+                )
+        named = sorted({name for found in each if found is not None for name in found})
+        if named and not any(name in dicts[0] for name in named):
+            raise ValueError(
+                f"inputs['{statistic}'] is about '{named[0]}', which no model has{nearest(named[0], dicts[0])}"
+            )
 
 
 def _same_names(dicts: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None) -> None:

@@ -4,7 +4,7 @@ Reads signatures, headers and configurations only; imports neither torch nor tra
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Planned:
     inputs: dict[str, str]  # earlier outputs it reads -> their keys
     models: tuple[str, ...]  # the recipe's models it reads
     data: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what the step's own check says that is no error
 
     @property
     def name(self) -> str:
@@ -210,7 +211,7 @@ def _step(step: Step, recipe: Recipe, earlier: Mapping[str, Planned], checked: C
             if view.origin(name) in recipe.models and (config := view.config(name)) is not None:
                 refuse_own_code(step.place, name, config)
         if "check" in word.functions:
-            words.module(word).check(view)
+            return replace(planned, notes=tuple(words.module(word).check(view) or ()))
     return planned
 
 

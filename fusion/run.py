@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusion import _estimate, _keys, _launched, _machine, _ranks, recipe
+from fusion import _ending, _estimate, _keys, _launched, _machine, _ranks, recipe
 from fusion._execute import Tell, execute, symlink
 from fusion._options import Options, parse
 from fusion._room import room
@@ -125,4 +125,7 @@ def _quiet(*_: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 0:
+        _ending.done()
+    sys.exit(status)

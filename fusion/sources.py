@@ -125,17 +125,17 @@ def _check_directory(place: str, directory: Path) -> None:
     if (directory / "adapter_config.json").exists():
         raise ValueError(f"{place}: {directory} is a PEFT adapter; name the model it sits on as base")
     if not list(directory.glob("*.safetensors")):
-        refuse_pickled(place, directory)
+        refuse_pickled(directory, f"{place}: ")
         raise ValueError(f"{place}: no *.safetensors in {directory}")
     _check_vocabulary(place, directory, header(directory).config)
 
 
-def refuse_pickled(place: str, directory: Path) -> None:
+def refuse_pickled(directory: Path, place: str = "") -> None:
     """ValueError with the command that converts them when a directory holds pickled weights only."""
     pickled = sorted(p.name for p in (*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")))
     if pickled:
         raise ValueError(
-            f"{place}: {directory} holds only pickled weights ({pickled[0]}), which can run code when read; "
+            f"{place}{directory} holds only pickled weights ({pickled[0]}), which can run code when read; "
             f'if you trust them, convert: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
         )

@@ -546,8 +546,15 @@ def test_adapters_that_do_not_go_together(three, plain, tmp_path):
         merge_adapters("concat", adapters, tmp_path / "out", params={"ranks": 3})
     with pytest.raises(ValueError, match="did you mean 'concat'"):
         merge_adapters("concatt", adapters, tmp_path / "out")
-    with pytest.raises(ValueError, match="it must be at least 1"):
-        merge_adapters("concat", adapters, tmp_path / "out", rank=0)
+    for method, rank in (("concat", 0), ("linear", 2.5), ("linear", "x")):
+        with pytest.raises(ValueError, match="rank: a whole number from 1 on is needed here"):
+            merge_adapters(method, adapters, tmp_path / "out", rank=rank)
+    spread = shutil.copytree(adapters["b"], tmp_path / "spread")
+    tensors = load_file(spread / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, spread / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="of 'spread' has NaN or infinity in its factors"):
+        merge_adapters("concat", {**adapters, "spread": spread}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="exists"):

@@ -202,6 +202,14 @@ def test_without_tokenizers_rows_correspond_by_number(models, tmp_path):
         (folder / name / "tokenizer.json").unlink()
     made = run(folder, "target: a, donor: twin", tmp_path)
     torch.testing.assert_close(logits(made), logits(models / "a"), rtol=1e-3, atol=1e-4)
+    (folder / "t.txt").write_text(" ".join(str(7 * one * one % 402) for one in range(500)))
+    made = run(folder, "target: a, donor: twin, features: activations, data: text", tmp_path / "active", DATA)
+    torch.testing.assert_close(logits(made), logits(models / "a"), rtol=1e-3, atol=1e-4)
+    make(folder, "less", ["entirely different words: zebra quartz"] * 4)
+    (folder / "less" / "tokenizer.json").unlink()
+    for features in ("weights", "activations"):
+        with pytest.raises(ValueError, match=r"a has 402 tokens and less \d+; without tokenizers, rows corresp"):
+            run(folder, f"target: a, donor: less, features: {features}, data: text", tmp_path / features, DATA)
 
 
 def test_data_that_tell_too_little_get_a_sentence(models, tmp_path):
@@ -222,7 +230,7 @@ def test_data_that_tell_too_little_get_a_sentence(models, tmp_path):
     shutil.rmtree(tmp_path / "made")
     (folder / "twin" / "tokenizer.json").unlink()
     (folder / "a" / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="neither a nor twin has a tokenizer"):
+    with pytest.raises(ValueError, match="align.data: no model here has a tokenizer.*below 402 .*The quick"):
         run(folder, f"{given}, data: text", tmp_path, DATA)
 
 

@@ -2,12 +2,13 @@
 
 import json
 import math
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from alignment import Maps, align, find_family
 from alignment.maps import Plan
@@ -42,13 +43,20 @@ def weights(made):
     return load_file(made / "model.safetensors")
 
 
-def test_means_of_units_vary_as_their_units_do(models, tmp_path):
+def test_means_of_units_vary_as_their_units_do(models, tmp_path, monkeypatch):
     fields = f"target: wide, donor: twin, {SOFT}, data: text"
-    plain, made = (run(models, f"{fields}, repair: {one}", tmp_path / one, DATA) for one in ("false", "true"))
+    plain = run(models, f"{fields}, repair: false", tmp_path / "false", DATA)
+    runs, block = [], LlamaDecoderLayer.forward
+    counted = wraps(block)(lambda *args, **given: (runs.append(1), block(*args, **given))[1])
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    made = run(models, f"{fields}, repair: true", tmp_path / "true", DATA)
+    monkeypatch.undo()
     recipe = load(recipe_of(models, "  - align: {out: new, target: wide, donor: twin}\n", DATA))
     job = Job("new", tmp_path, recipe)
     batches = list(paired(job, pair_of(job, "wide", "twin", False), "text", "read", tokens=LOOKS))
     inputs = [one.target for one in batches]
+    # two blocks: the donor's, the target's as they are, three layers of each, and the first one restored
+    assert len(runs) == (2 + 2 + 6 + 1) * len(batches)
     moments = {name: output_moments(sources.load_model(one), inputs) for name, one in (("plain", plain), ("new", made))}
     donor = output_moments(sources.load_model(models / "twin"), [one.donor for one in batches])
     maps = Maps.load(made / "extras" / "maps.safetensors").maps

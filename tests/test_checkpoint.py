@@ -142,6 +142,9 @@ def test_damaged_files_are_named(tmp_path):
         (b"[0,400]", b"[   40]"),
     ):
         assert said in broken(tmp_path, lambda content, good=good, bad=bad: content.replace(good, bad)), bad
+    assert "is corrupt: it holds a JSON list, not an object" in broken(
+        tmp_path, lambda content: (2).to_bytes(8, "little") + b"[]"
+    )
     assert "stored as Q9, which can't be read" in broken(tmp_path, lambda c: c.replace(b'"F32"', b'"Q9" '))
 
 
@@ -153,9 +156,33 @@ def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="holds only pickled weights .* convert: python -c"):
         open_source(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "gone.safetensors"}}))
-    with pytest.raises(ValueError, match="missing: gone.safetensors"):
-        Checkpoint.open(tmp_path)
+    with pytest.raises(ValueError, match="pytorch_model.bin; it is a file, give the directory"):
+        open_source(tmp_path / "pytorch_model.bin")
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    for index, sentence in (
+        ({"weight_map": {"w": "gone.safetensors"}}, "missing: gone.safetensors"),
+        ({"weight_map": {"w": "model.safetensors", "v": "model.safetensors"}}, "1 tensors that its files .* like v"),
+        ({"weight_map": []}, "index.json is corrupt: its weight_map is no table"),
+        ({"weight_map": {"w": 1}}, "index.json is corrupt: its weight_map is no table"),
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=sentence):
+            Checkpoint.open(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    for config, sentence in (
+        ("[]", "config.json is corrupt: it holds a JSON list"),
+        ("{", "config.json can't be read"),
+    ):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=sentence):
+            Checkpoint.open(tmp_path)
+
+
+def test_weights_that_lie_there_once_more_under_another_name(tmp_path):
+    """As Mistral's consolidated.safetensors beside model.safetensors."""
+    save_file({"layers.0.w": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    save_file({"model.layers.0.w": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert list(Checkpoint.open(tmp_path).entries) == ["model.layers.0.w"]
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path):

@@ -241,6 +241,16 @@ def test_a_recipe_compresses_and_another_reads(tmp_path):
     got = load_file(tmp_path / "runs" / "two" / "sum" / "model.safetensors")
     again = open_compressed(made / "task_vector", base)
     torch.testing.assert_close(got["w"], (whole(again, "w") + whole(base, "w")) / 2)
+    saved(tmp_path / "other", {"w": torch.zeros(3)})
+    for fields, sentence in (
+        ({"method": "compeft", "params": {"density": 3}}, "compress: density is 3; allowed are numbers from 0 to 1"),
+        ({"model": "other"}, "compress: .*other has no tensor 'empty', which .*base has"),
+    ):
+        wrong = {**one, "models": {**one["models"], "other": {"path": "./other"}}}
+        wrong["steps"] = [{"compress": {**one["steps"][0]["compress"], **fields}}]
+        (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(wrong))
+        with pytest.raises(ValueError, match=sentence):
+            plan(recipe.load(tmp_path / "wrong.yaml"), tmp_path / "runs")
     del two["models"]["again"]["base"]
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
     with pytest.raises(ValueError, match="compressed task vector; name the model it is on"):

@@ -355,7 +355,10 @@ SENTENCES = [
     ("linear", [], {}, "linear merges at least 1 models, besides the base, and was given 0"),
     ("slerp", [A], {"t": 0.5}, "slerp merges 2 models, besides the base, and was given 1"),
     ("slerp", [A, B], {}, "slerp needs 't'"),
-    ("slerp", [A, B], {"t": 0.5, "weights": [1, 1]}, "leave the weights out"),
+    ("slerp", [A, B], {"t": 0.5, "weights": [1, 2]}, "leave the weights out, or all 1"),
+    ("slerp", [A, B], {"t": float("nan")}, "slerp.t: a number is needed here, not NaN"),
+    ("ties", [A, B], {"base": ZERO, "density": [0.5, float("nan")]}, "ties.density: a number .* not NaN"),
+    ("linear", [A.to(torch.float8_e4m3fn)], {}, r"'w' of model 0 is quantised \(torch.float8_e4m3fn\)"),
     ("linear", [A, B[:4]], {}, r"'w' has shape \(4,\) in model 1 and \(5,\) in model 0"),
     ("linear", [A, B.half()], {}, "'w' is torch.float16 in model 1 and torch.float32 in model 0"),
     ("linear", [A, B / 0], {}, "'w' of model 1 has NaN in it"),
@@ -372,6 +375,25 @@ SENTENCES = [
 def test_bad_input_gets_a_sentence(word, tensors, params, sentence):
     with pytest.raises(ValueError, match=sentence):
         merge_tensors(word, tensors, name="w", **params)
+
+
+def test_weights_of_one_each_say_what_leaving_them_out_says():
+    for word in ("sce", "model_stock", "magmax"):
+        plain = merge_tensors(word, [A, B], base=ZERO)
+        assert torch.equal(merge_tensors(word, [A, B], base=ZERO, weights=[1, 1.0]), plain)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"gram": {"w": torch.eye(5)}}, "is one dict, and regmean reads one of each model; give a list of 2"),
+        ({"gram": [torch.eye(5)] * 2}, r"inputs\['gram'\] of model 0 is a Tensor"),
+        ({"gram": [{"v.w": torch.eye(5)}] * 2}, "about 'v.w', which no model has; did you mean 'u.w'"),
+    ],
+)
+def test_statistics_that_are_of_nothing_get_a_sentence(inputs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        merge_state_dicts("regmean", [{"u.w": A.expand(2, 5)}, {"u.w": B.expand(2, 5)}], inputs=inputs)
 
 
 def test_state_dicts_must_have_the_same_tensors():

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,16 @@ def test_arrows(file):
         ), own
     if parts[:2] == ["fusion", "steps"]:
         assert not tops(above) & set(HEAVY), "heavy libraries load inside the step's function"
+
+
+@pytest.mark.parametrize("folder", ["fusion", "fusion/merge", "fusion/online", "alignment"])
+def test_every_file_is_on_the_map(folder):
+    """docs/house.md names each file once, under its folder, and no other; words are found by their names."""
+    page = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w.]+)`", page.partition(f"## {folder}:")[2].partition("## ")[0])
+    files = [file.stem for file in (ROOT / folder).glob("*.py")] + [file.name for file in (ROOT / folder).glob("*.c")]
+    private = [name for name in files if name != "__init__" and (folder != "fusion/merge" or name.startswith("_"))]
+    assert sorted(named) == sorted(private)
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=name_of)

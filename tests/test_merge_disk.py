@@ -257,6 +257,8 @@ def test_post_words_see_the_merge_before_it_is_rounded(models, tmp_path):
     expected = base[name] + (merged[name] - base[name]) * (0.5 + 0.5 * 1 / 10) * (1 - 0.6 * a / a.max())
     torch.testing.assert_close(after[name], expected)
     assert torch.equal(after["model.layers.2.frozen.weight"], base["model.layers.2.frozen.weight"])
+    with pytest.raises(ValueError, match="aim reads the statistic 'activations' of the base, and no file"):
+        run("ties", models, tmp_path / "d", post=["aim"])
 
 
 def test_repair_sees_the_models_rows_in_any_chunks(models, tmp_path):
@@ -354,6 +356,10 @@ BAD = {
     "shape": (setting(NORM, torch.ones(65)), "model.norm.weight is 65 in 'odd' and 64 in the base"),
     "vocabulary": (setting(EMBED, torch.ones(151, 64)), "their vocabularies have 151 and 150 rows; .* retokenize step"),
     "dtype": (setting(NORM, torch.ones(64).half()), "is float32 in 'm2' and float16 in 'odd'; say .*dtype: float32"),
+    "codes_alone": (
+        setting(NORM, torch.ones(64).char()),
+        "is int8 in 'odd' and float32 in 'm2'; whole numbers",
+    ),
     "integers": (setting("model.rotary.position_ids", torch.arange(7) + 1), "whole numbers .int64. that differ"),
     "nan": (setting(NORM, torch.full((64,), float("nan"))), "model.norm.weight of 'odd' has NaN in it"),
     "infinity": (setting(EMBED, torch.full((150, 64), float("inf"))), "embed_tokens.weight of 'odd' has infinity"),
@@ -396,6 +402,21 @@ def test_a_tokenizer_takes_no_part_of_another_ones(models, tmp_path):
     assert not (out / "chat_template.jinja").exists() and (out / "generation_config.json").exists()
 
 
+def test_a_template_and_special_tokens_that_stay_behind_are_said(models, tmp_path, capsys):
+    ends = {"base": 2, "same": 2, "chat": 7}
+    for name, end in ends.items():
+        changed(models, tmp_path / name, lambda tensors: None, setting("eos_token_id", end))
+    (tmp_path / "chat" / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    tuned = {name: tmp_path / name for name in ("same", "chat")}
+    merge_checkpoints("linear", tuned, tmp_path / "out", base=tmp_path / "base")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("no chat template is carried: the base has none, 'chat' has one; with tokenizer: chat")
+    assert said[1].startswith("'chat' has eos_token_id 7 and the base 2, which is carried") and len(said) == 2
+    merge_checkpoints("linear", tuned, tmp_path / "theirs", base=tmp_path / "base", tokenizer="chat")
+    assert capsys.readouterr().out == ""
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["eos_token_id"] == 7
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_bad_inputs_get_a_sentence(what, models, tmp_path):
     change, sentence = BAD[what]
@@ -421,6 +442,21 @@ def test_rows_that_stand_for_other_tokens(models, tmp_path):
     ):
         merge_checkpoints("linear", {"one": one, "other": other}, tmp_path / "out")
     merge_checkpoints("linear", {"one": one, "other": other}, tmp_path / "out", copy=["*embed*"])
+
+
+def test_what_dtype_and_shapes_do_not_tell(models, tmp_path):
+    """Codes are not numbers because a dtype is asked for, and heads of other widths may have the same shapes."""
+    codes = changed(models, tmp_path / "codes", setting(NORM, torch.ones(64).byte()))
+    for order in ({"m1": models / "m1", "codes": codes}, {"codes": codes, "m1": models / "m1"}):
+        with pytest.raises(ValueError, match="is uint8 in 'codes' and float32 in 'm1'; whole numbers are codes"):
+            merge_checkpoints("linear", order, tmp_path / "out", dtype="float32")
+    both = {}
+    for number in (4, 8):
+        attention = setting("model.layers.0.attn.weight", torch.ones(64, 64))
+        both[f"h{number}"] = changed(models, tmp_path / f"h{number}", attention, setting("num_attention_heads", number))
+    with pytest.raises(ValueError, match="'h8' has num_attention_heads 8 and 'h4' 4: their attention is cut into"):
+        merge_checkpoints("linear", both, tmp_path / "out")
+    merge_checkpoints("linear", both, tmp_path / "out", copy=["*att*"])
 
 
 def test_results_that_are_not_finite_are_refused(models, tmp_path):
@@ -454,6 +490,12 @@ def test_output_that_exists_and_a_full_disk(models, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="out exists; give another directory"):
         merge_checkpoints("linear", chosen, tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="link exists; give another directory"):
+        merge_checkpoints("linear", chosen, tmp_path / "link")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/out can't be made, because .*file is a file"):
+        merge_checkpoints("linear", chosen, tmp_path / "file" / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(ValueError, match="the result takes .* kB, and .* has 1 B free; make room"):
         merge_checkpoints("linear", chosen, tmp_path / "other")
@@ -464,6 +506,16 @@ def test_other_parameters_begin_anew(models, tmp_path, capsys):
     fresh = run("ties", models, tmp_path / "fresh", params={"density": 0.7})
     assert run("ties", models, tmp_path / "out", params={"density": 0.7}) == fresh
     assert "was begun with other inputs or parameters; it is begun anew" in capsys.readouterr().out
+
+
+def test_nothing_stays_of_an_earlier_begin(models, tmp_path):
+    """One that was killed when everything lay there: its index would name files that are not the next one's."""
+    (tmp_path / "out.partial").mkdir()
+    for name in ("model.safetensors.index.json", "chat_template.jinja", "tokenizer.json", "merge.json"):
+        (tmp_path / "out.partial" / name).write_text('{"weight_map": {"w": "gone.safetensors"}}')
+    run("linear", models, tmp_path / "out")
+    found = {file.name for file in (tmp_path / "out").iterdir()}
+    assert found == {"model.safetensors", "config.json", "merge.json"}
 
 
 def test_what_was_damaged_meanwhile_is_made_again(models, tmp_path):
@@ -546,6 +598,11 @@ TYPED = [
     (["--device", "gpu"], "--device gpu: there is none such here; allowed: cpu"),
     (["--tokenizer", "m9"], "tokenizer: no model is called 'm9'; there are base, m1, m2"),
     (["--model", "m1:half"], "there is no directory m1:half"),
+    (
+        ["--model", "some/one"],
+        "there is no directory some/one; what lies on the hub goes into a recipe: {hub: some/one}",
+    ),
+    (["--model", "no.gguf"], "no.gguf: there is no file"),
     (["--only", "nothing*"], "nothing"),
 ]
 

@@ -125,6 +125,11 @@ def test_karcher_is_where_the_logarithms_cancel():
     assert float(pull.norm()) < 1e-6
 
 
+def test_karcher_stops_where_nothing_pulls():
+    for tol in (0.0, 1e-5):
+        close(merge_tensors("karcher", [torch.ones(3), 2 * torch.ones(3)], tol=tol), 1.5 * torch.ones(3))
+
+
 def test_karcher_of_almost_equal_models_keeps_their_angles():
     a = noise(1, 20_000)
     b = turned(a, 0.002, seed=2).float()
@@ -383,6 +388,7 @@ def test_pcb_is_of_the_whole_model_and_says_so():
         ("pcb", {"density": 2.0}),
         ("pcb", {"clip": 0.6}),
         ("karcher", {"max_iter": -1}),
+        ("karcher", {"tol": -1.0}),
         ("cabs", {"density": [0.5, 1.5]}),
         ("consensus", {"ratio": -1.0}),
     ],

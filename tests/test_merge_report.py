@@ -125,7 +125,11 @@ def merge_of(folder: Path, tensors: list[dict], fields: str = "method: linear, m
     [
         ({"weights": [0.5, 0.5]}, None),
         ({"weights": None}, None),
-        ({"weights": [1.0, 0.5], "base": "/x/c"}, "The weights add up to 1.5, not to 1. Around a base that is allowed"),
+        (
+            {"weights": [1.0, 0.5], "base": "/x/c", "method": "ties"},
+            "The weights add up to 1.5, not to 1. Around a base that is allowed",
+        ),
+        ({"weights": [1.0, 1.0], "base": "/x/c"}, "The weights add up to 2, not to 1; linear divides by their sum"),
         ({"weights": [1.0, 1.0]}, "The weights add up to 2, not to 1; linear divides by their sum"),
         (
             {"weights": [1.0, 1.0], "params": {"normalize": False}},

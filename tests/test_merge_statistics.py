@@ -224,6 +224,8 @@ def test_uncertainty_of_one_model_is_itself_and_with_a_sure_base_task_arithmetic
         ("fisher", {"inputs": {"fisher": [torch.ones(2, 2), None]}, "scope": "tensor"}, "'w'.*model 1 has none"),
         ("regmean", {"inputs": {"gram": [torch.ones(2, 2), None]}}, "'w' has the statistic 'gram'.* not in model 1"),
         ("regmean", {"inputs": {"gram": [torch.ones(3, 3)] * 2}}, r"\(3, 3\); \(2, 2\) is needed"),
+        ("regmean", {"inputs": {"gram": [torch.eye(2), torch.full((2, 2), torch.nan)]}},
+         "'gram' of 'w' in model 1 has infinity or NaN"),
         ("regmean", {}, "reads the statistic 'gram' of each model"),
         ("regmean", {"inputs": {"gram": [torch.eye(2)] * 2}, "off_diagonal": 2.0}, "allowed are 0 to 1"),
         ("regmean", {"inputs": {"gram": [torch.eye(2)] * 2}, "weights": [0, 0]}, "not all 0"),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusion import recipe
+from fusion.merge import merge_checkpoints
 from fusion.plan import plan
 
 CONFIG = {
@@ -112,6 +113,29 @@ def test_takes_whole_layers(folder):
     assert config["layer_types"] == ["full", "slide", "full", "slide", "full", "slide"]
 
 
+def test_layers_keep_the_window_that_their_number_gave_them(tmp_path):
+    """Where the configuration counts windows off by the layer's number, as older ones do; the list, by hand."""
+    local, whole = "sliding_attention", "full_attention"
+    for n, (settings, kinds) in enumerate(
+        [
+            ({"model_type": "gemma2"}, [whole, local, whole]),
+            ({"model_type": "gemma3_text", "sliding_window_pattern": 3}, [local, whole, local]),
+            ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2}, [whole, local, local]),
+            ({"model_type": "qwen2", "use_sliding_window": False, "max_window_layers": 2}, None),
+        ]
+    ):
+        at = make(tmp_path / f"m{n}", n)
+        said = {"num_hidden_layers": 4, "eos_token_id": [1, 2, 3, 4], **settings}
+        (at / "config.json").write_text(json.dumps(said))
+        takes = [{"model": "m", "take": [1, 4]}]
+        made = merge_checkpoints(None, {"m": at}, tmp_path / f"out{n}", layers=takes).path
+        found = json.loads((made / "config.json").read_text())
+        assert found.get("layer_types") == kinds and found["num_hidden_layers"] == 3, settings
+        assert found["eos_token_id"] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="layers is empty; give at least one"):
+        merge_checkpoints(None, {"m": at}, tmp_path / "none", layers=[])
+
+
 def test_only_copy_and_dtype(folder):
     result = ran(
         folder,
@@ -185,6 +209,10 @@ def test_key_covers_statistics_and_plugins(folder, monkeypatch):
     assert key(step) != first
     soup = load_file(ran(folder, step) / "model.safetensors")
     assert torch.isfinite(soup["model.norm.weight"]).all()
+    save_file({f"fisher/{n}": torch.ones(3) for n in shapes}, folder / "b.safetensors")
+    assert "among the statistics of 'b' is 3, the tensor it is about 40 x 16" in refused(folder, step)
+    one = step.replace("b: {statistics: b.safetensors}", "b: 1")
+    assert "fisher needs fisher/... of model.embed_tokens.weight of every model; 'b' has none" in refused(folder, one)
 
 
 PLAIN = "out: soup, method: ties, base: base, models: "
@@ -221,3 +249,30 @@ PLAIN = "out: soup, method: ties, base: base, models: "
 )
 def test_plan_refuses_in_sentences(step, sentence, folder):
     assert sentence in refused(folder, step)
+
+
+def test_a_tensor_that_memory_does_not_hold_is_said(folder, capsys):
+    """By the plan and by the merge, with both numbers: 16 x 2,048 in float32, twice each of two models, and four."""
+    wide = {"model.layers.0.mlp.weight": torch.randn(16, 2048), "model.norm.weight": torch.ones(16)}
+    for name in ("base", "a", "b"):
+        save_file({n: x + 0.1 * torch.randn(x.shape) for n, x in wide.items()}, folder / name / "model.safetensors")
+    said = "iso_c goes by whole tensors, and one like model.layers.0.mlp.weight (16 x 2048) takes about 1.0 MB at once"
+    step = "out: s, method: iso_c, base: base, models: [a, b], memory: "
+    assert plan(loaded(folder, step + "2MB"), folder / "runs").steps[0].notes == ()
+    (note,) = plan(loaded(folder, step + "1MB"), folder / "runs").steps[0].notes
+    assert note == said + ", more than memory (1.0 MB): what does not fit is worked on alone"
+    both = {name: folder / name for name in ("a", "b")}
+    merge_checkpoints("iso_c", both, folder / "out", base=folder / "base", memory="1MB")
+    assert note in capsys.readouterr().out
+    merge_checkpoints("linear", both, folder / "plain", base=folder / "base", memory="1MB")
+    assert "at once" not in capsys.readouterr().out
+    for seed, name in enumerate(("base", "a", "b")):
+        experts = torch.randn(2, 40, 1024, generator=torch.Generator().manual_seed(seed))
+        save_file({"experts": experts}, folder / name / "model.safetensors")
+    (note,) = plan(loaded(folder, step.replace("iso_c", "della") + "1MB"), folder / "runs").steps[0].notes
+    assert note.startswith(
+        "della goes by whole rows, and one of a tensor like experts (2 x 40 x 1024) takes about 3.1 MB"
+    )
+    for memory in ("1MB", "99MB"):
+        merge_checkpoints("della", both, folder / memory, base=folder / "base", memory=memory)
+    assert len({(folder / one / "model.safetensors").read_bytes() for one in ("1MB", "99MB")}) == 1

@@ -105,6 +105,7 @@ def test_a_plain_table_renames_by_the_first_pattern_that_fits():
         (lambda t: [{"concatenate": ["a", "b"], "to": "x", "axis": -1}], "axis is a number from 0 on, not -1"),
         (lambda t: "a", "a rule is {rename: NAME"),
         (lambda t: {"a": 3}, "a: a name or a list of names is needed here, not 3"),
+        (lambda t: {3: "a"}, "a table: a name or a list of names is needed here, not 3"),
     ],
 )
 def test_what_is_not_accounted_for_is_named(change, sentence):
@@ -117,6 +118,8 @@ def test_parts_that_do_not_add_up():
         mapped(fused(), [{**BACK[0], "to": ["h.*.q", "h.*.k"]}], apart())
     with pytest.raises(ValueError, match="the target has no h.0.w"):
         mapped(fused(), [{**BACK[0], "to": ["h.*.q", "h.*.w"]}], apart())
+    with pytest.raises(ValueError, match="what would be layers.0.norm is 4, and it is 4 x 4 in the target"):
+        mapped(apart(), TABLE, {**fused(), "layers.0.norm": torch.eye(4)})
     assert str(rules(TABLE)[0]) == "concatenate h.*.q, h.*.k, h.*.v to layers.*.qkv"
 
 

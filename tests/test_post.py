@@ -61,6 +61,9 @@ def test_aim_leaves_what_has_no_statistics():
     assert torch.equal(aim(MERGED, BASE, inputs={"activations": torch.zeros(2)}, shape=(2, 2)), MERGED)
     with pytest.raises(ValueError, match=r"\(3,\) do not fit .* \(2, 2\)"):
         aim(MERGED, BASE, inputs={"activations": torch.ones(3)}, shape=(2, 2))
+    for wrong in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="mean magnitudes"):
+            aim(MERGED, BASE, inputs={"activations": torch.tensor([1.0, wrong])}, shape=(2, 2))
 
 
 def test_aim_follows_a_merge():
@@ -74,6 +77,20 @@ def test_aim_follows_a_merge():
     torch.testing.assert_close(out[names[1]], (BASE + MERGED) / 2)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({}, "aim reads the statistic 'activations' of the base; give inputs one dict"),
+        ({"activations": [{"w": torch.ones(2)}]}, "aim reads .* of the base; give inputs one dict"),
+        ({"activations": {"model.w": torch.ones(2)}}, "about 'model.w', which no model has; did you mean 'model.v'"),
+    ],
+)
+def test_aim_is_never_left_out_in_silence(inputs, sentence):
+    model, base = {"model.v": MERGED.view(2, 2)}, {"model.v": BASE.view(2, 2)}
+    with pytest.raises(ValueError, match=sentence):
+        merge_state_dicts("task_arithmetic", [model], base=base, inputs=inputs, post=["aim"])
+
+
 def test_repair_gives_rows_the_mean_length():
     tensors = torch.tensor([[3.0, 0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 4.0, 1.0, 1.0, 0.0, 0.0]])
     merged = 0.25 * tensors[0] + 0.75 * tensors[1]  # (0.75, 3), (1, 1), (0, 0)
@@ -85,6 +102,8 @@ def test_repair_gives_rows_the_mean_length():
     assert torch.equal(bounded, merged)
     with pytest.raises(ValueError, match="most is 0.5"):
         repair(merged, tensors, torch.ones(2), shape=(3, 2), most=0.5)
+    with pytest.raises(ValueError, match="all weights are 0"):
+        repair(merged, tensors, torch.zeros(2), shape=(3, 2))
 
 
 def test_repair_follows_a_merge_without_a_base():

@@ -321,6 +321,7 @@ def test_two_models_of_different_tokenizers_merge(pair, tmp_path, vocabulary):
         ("model: b, vocabulary: model, base: a", "keeps the model's own tokenizer"),
         ("model: b, base: a, models: [a]", "several go with vocabulary: union"),
         ("model: b, base: a, k: 0", "k: it is 0 and must be at least 1"),
+        ("model: b, base: a, shard_size: huge", "shard_size is 'huge'; a size like"),
         ("model: b, base: c", "there is no model 'c'"),
         ("model: b, base: a, missing: ompp", "'first_piece' or 'omp'"),
     ],

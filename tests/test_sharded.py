@@ -184,6 +184,11 @@ def test_dcp_checkpoints_that_are_not_whole(dcp, tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match="names __1_0.distcp, which is missing"):
         open_sharded(copy)
+    whole = (copy / ".metadata").read_bytes()
+    for damaged in (whole[:-9], b"junk", b""):
+        (copy / ".metadata").write_bytes(damaged)
+        with pytest.raises(ValueError, match="metadata is cut off or was not written by pickle"):
+            open_sharded(copy)
     (copy / "config.json").unlink()
     with pytest.raises(ValueError, match="without config.json; name the model that was trained"):
         open_sharded(copy)

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification
 
 from alignment.features.activations import inputs_of
-from fusion import sources, words
+from fusion import checkpoint, sources, words
 from fusion._blocks import module_of
 from fusion.data import encode
 from fusion.job import Job
@@ -77,6 +79,19 @@ def test_a_scrambled_copy_zips_to_the_network_itself(models, tmp_path):
     assert found["until"] == 2 and found["tokens"] > 1000
 
 
+def test_every_tensor_is_read_once(models, tmp_path, monkeypatch):
+    seen = Counter()
+
+    def region(source, name):
+        seen[source.path, name] += 1
+        return plain(source, name)
+
+    plain = checkpoint.region
+    monkeypatch.setattr(checkpoint, "region", region)
+    run(models, "zip: {out: z, models: [a, twin, b], data: text}", tmp_path)
+    assert len({path for path, _ in seen}) == 3 and set(seen.values()) == {1}
+
+
 def test_each_keeps_its_own_layers_and_head(models, tmp_path):
     made = run(models, "zip: {out: z, models: [a, twin], data: text, until: 1, heads: keep}", tmp_path)
     for place, name in ((made, "a"), (made / "heads" / "twin", "twin")):
@@ -89,6 +104,28 @@ def test_each_keeps_its_own_layers_and_head(models, tmp_path):
         assert tensor.equal(other[name]) is (trunk or name.endswith("norm.weight"))
         assert trunk or tensor.equal(own[name])
     assert metrics(made)["layers.0.mlp"]["merged_within"] == 0 and "layers.1.mlp" not in metrics(made)
+
+
+def test_heads_of_other_classes_stay_their_owners(models, tmp_path):
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+    for seed, (name, labels) in enumerate({"three": 3, "five": 5}.items()):
+        torch.manual_seed(seed)
+        config = BertConfig(**sizes, num_attention_heads=2, initializer_range=0.2, num_labels=labels)
+        BertForSequenceClassification(config).save_pretrained(tmp_path / "in" / name)
+    (tmp_path / "in" / "t.txt").write_text(" ".join(str(7 * one * one % 300) for one in range(500)))
+    for step in (
+        "least_squares: {out: z, models: [three, five], data: text}",
+        "zip: {out: z, models: [three, five], data: text}",
+    ):
+        with pytest.raises(ValueError, match="classifier.bias is 3 in three and 5 in five: heads of other classes"):
+            run(tmp_path / "in", step, tmp_path)
+    made = run(tmp_path / "in", "zip: {out: z, models: [three, five], data: text, until: 1, heads: keep}", tmp_path)
+    (made / "heads" / "five").rename(tmp_path / "in" / "kept")
+    kept, own = (load_file(tmp_path / "in" / name / "model.safetensors") for name in ("kept", "five"))
+    for key in ("classifier.weight", "classifier.bias"):  # the pooler's units change places and signs
+        assert kept[key].shape == own[key].shape
+        torch.testing.assert_close(kept[key].abs().sort().values, own[key].abs().sort().values)
+    module(tmp_path / "in" / "kept")
 
 
 def test_a_tied_head_is_kept_as_one_of_its_own(models, tmp_path):
@@ -325,7 +362,11 @@ def test_outputs_of_align_stand_for_their_donors(models, tmp_path):
             "zip: {out: z, models: [a, wide], data: text}",
             "'layers.0.mlp' has 24, 48 units; write wide in the sizes of a",
         ),
+        ("zip: {out: z, models: [a, b, c], data: text, alpha: 0}", "alpha: with 0 .* one of 3 models has to"),
+        ("zip: {out: z, models: [tied, a], data: text}", "a has a head of its own, and that of tied is tied; name a f"),
         ("least_squares: {out: l, models: [a, b], data: text, ridge: -1}", "ridge: it is -1"),
+        ("least_squares: {out: l, models: [a, b], data: text, ridge: .nan}", "ridge: it is nan and must be a number"),
+        ("least_squares: {out: l, models: {a: .inf, b: 1}, data: text}", "weights are numbers of at least 0"),
         ("least_squares: {out: l, models: {a: 0, b: 0}, data: text}", "weights are numbers of at least 0"),
         (
             "least_squares: {out: l, models: [a, b], data: text, width: 3}",
@@ -364,7 +405,7 @@ def test_architectures_that_do_not_fit(plains, tmp_path, step, sentence):
 @pytest.mark.parametrize(
     ("step", "text", "sentence"),
     [
-        ("least_squares: {out: l, models: [vit, vit_b], data: text}", "1 2 3", "vit looks at pictures"),
+        ("least_squares: {out: l, models: [vit, vit_b], data: text}", "1 2 3", r"vit: it looks at pictures \(vit\)"),
         (
             "zip: {out: z, models: [bert, bert_b], data: text}",
             "no numbers",

@@ -143,10 +143,14 @@ def test_nothing_to_merge_is_plain_dpo_bit_by_bit(ran):
     assert all(torch.equal(plain[n], idle[n]) for n in plain)
 
 
-def test_a_killed_run_goes_on_bit_by_bit_inside_a_window(tmp_path):
+WINDOWS = {"ema": ({"ema": 0.5}, None), "adapter": ({}, {"r": 2, "target_modules": ["q_proj", "down_proj"]})}
+
+
+@pytest.mark.parametrize(("more", "peft"), WINDOWS.values(), ids=WINDOWS)
+def test_a_killed_run_goes_on_bit_by_bit_inside_a_window(tmp_path, more, peft):
     """Checkpoints come every 3 steps, windows end every 4."""
     train = {"max_steps": 9, "save_steps": 3}
-    file = write(tmp_path, tune("tuned", train=train, online_merge=MERGE | {"every": 4, "ema": 0.5}))
+    file = write(tmp_path, tune("tuned", train=train, peft=peft, online_merge=MERGE | {"every": 4} | more))
     call = [sys.executable, "-m", "fusion.run", str(file), "--out"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert run.main([str(file), "--out", str(tmp_path / "straight")]) == 0
@@ -161,7 +165,7 @@ def test_a_killed_run_goes_on_bit_by_bit_inside_a_window(tmp_path):
     assert not (broken / "r" / "tuned").exists()
     assert run.main([str(file), "--out", str(broken)]) == 0
     one, two = weights(tmp_path / "straight/r/tuned"), weights(broken / "r/tuned")
-    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
     losses = [[line["loss"] for line in log(folder / "r/tuned")] for folder in (tmp_path / "straight", broken)]
     assert losses[0] == losses[1]
 

@@ -31,7 +31,8 @@ def gpt_neox(config: Config, names: Collection[str] = ()) -> Spaces:
         table.norm(f"{layer}.norm1", f"{at}.input_layernorm", "residual", own, bias=True)
         after = f"{at}.post_attention_layernorm"
         table.norm(f"{layer}.norm2", after, "residual", (reader(up, 1, True),), bias=True)
-    last = (reader("lm_head", 1, False),)
+    head = "embed_out" if "embed_out.weight" in names else "lm_head"  # in a file and in the module
+    last = (reader(head, 1, False),)
     table.norm("norm", "gpt_neox.final_layer_norm", "residual", last, bias=True, final=True)
-    table.head("lm_head.weight", "gpt_neox.embed_in.weight", "residual", size)
+    table.head(f"{head}.weight", "gpt_neox.embed_in.weight", "residual", size)
     return table.spaces((".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"))

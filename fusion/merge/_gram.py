@@ -2,7 +2,9 @@
 
 A point is a row of K coefficients in the frame (x_1, x_2 - x_1, ..., x_K - x_1), x_t being model t, or its task vector
 when there is a base. Differences are taken before products: the Gram matrix of almost equal vectors has already lost
-their distance to rounding, that of a frame keeps it, so angles far below 0.01 rad survive.
+their distance to rounding, that of a frame keeps it, so angles far below 0.01 rad survive. The price: of a model much
+shorter than the first is known what float32's rounding of the first leaves. Multi-SLERP of two models of 2,000 numbers,
+one 1,000 times shorter, changes by 2.5e-5 with their order.
 """
 
 import torch

@@ -43,10 +43,12 @@ def needed(word: str, name: str, statistic: str, given: Sequence[Tensor | None] 
 
 
 def shaped(word: str, name: str, statistic: str, found: list[Tensor], shape: tuple[int, ...]) -> list[Tensor]:
-    """The same, checked to have that shape; ValueError naming tensor and model."""
+    """The same, checked to have that shape and finite entries; ValueError naming tensor and model."""
     for t, one in enumerate(found):
         if one.shape != shape:
             raise ValueError(f"{word}: '{statistic}' of '{name}' in model {t} is {tuple(one.shape)}; {shape} is needed")
+        if not bool(one.isfinite().all()):
+            raise ValueError(f"{word}: '{statistic}' of '{name}' in model {t} has infinity or NaN in it")
     return found
 
 

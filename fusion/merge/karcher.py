@@ -18,6 +18,8 @@ def statistics(tensors: Tensor, base: Tensor | None = None) -> dict[str, Reading
 def settle(stats: Mapping[str, Tensor], weights: Tensor, *, max_iter: int, tol: float) -> dict[str, Tensor]:
     if max_iter < 0:
         raise ValueError(f"karcher: max_iter counts steps, 0 or more, and is {max_iter}")
+    if tol < 0:
+        raise ValueError(f"karcher: tol is an angle, 0 or more, and is {tol:g}")
     gram, w = stats["gram"], _gram.shares(weights, "karcher")
     units, lengths = _gram.directions(gram)
     mean = _gram.mean_direction(gram, w, units)
@@ -26,7 +28,7 @@ def settle(stats: Mapping[str, Tensor], weights: Tensor, *, max_iter: int, tol: 
     for _ in range(max_iter):
         pull = _pull(gram, mean, units, w * (lengths > 0))
         step = _gram.norm(gram, pull)
-        if float(step) < tol:
+        if float(step) <= tol:
             break
         mean = torch.cos(step) * mean + torch.sin(step) / step * pull
         mean = mean / _gram.norm(gram, mean)
@@ -45,7 +47,7 @@ def karcher(
     """(n,) the weighted mean direction on the sphere times the weighted mean length, weights divided by their sum.
 
     Of task vectors, added to the base, when there is one. Iterates u <- exp_u(sum w_t log_u(u_t)) from the normalised
-    mean, in float64 on the Gram matrix, until the step is under `tol` radians. A zero model counts in the mean length
+    mean, in float64 on the Gram matrix, until the step is at most `tol` radians. A zero model counts in the mean length
     only; one opposite to the mean has no shortest arc to it and pulls nowhere. Where the directions cancel, the
     weighted mean. Raises ValueError when the weights add up to 0.
     """

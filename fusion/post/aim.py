@@ -19,7 +19,7 @@ def aim(
 
     a = inputs["activations"] (in,) is the mean magnitude of the base model's input j to this matrix. omega 1 changes
     nothing; at 0 the strongest column returns to the base. What has no statistics (or only zeros) stays as it is.
-    Raises ValueError where they do not fit the tensor, and for an omega outside 0..1.
+    Raises ValueError where they do not fit the tensor or are no magnitudes, and for an omega outside 0..1.
     """
     if not 0 <= omega <= 1:
         raise ValueError(f"aim: omega is {omega:g}; allowed are numbers from 0 to 1")
@@ -28,6 +28,8 @@ def aim(
         return tensor.clone()
     if len(shape) != 2 or tuple(a.shape) != (shape[1],):
         raise ValueError(f"aim: activations of shape {tuple(a.shape)} do not fit a tensor of shape {tuple(shape)}")
+    if not bool(((a >= 0) & a.isfinite()).all()):
+        raise ValueError("aim: activations are mean magnitudes, and some given are negative, infinity or NaN")
     strongest = float(a.max())
     if strongest <= 0:
         return tensor.clone()

@@ -25,12 +25,15 @@ def repair(
     """(rows * in,) row j of a matrix times sum_k w_k |row j of model k| / |row j|, w_k = |weight k| / sum of them.
 
     A factor is at most `most`, below which a mean of two rows at a right angle stays. Vectors (gains, biases) stay as
-    they are. Raises ValueError after a method that takes models one after another, and for `most` below 1.
+    they are. Raises ValueError after a method that takes models one after another, for `most` below 1 and for weights
+    that are all 0.
     """
     if most < 1:
         raise ValueError(f"repair: most is {most:g}; allowed are numbers from 1")
     if not isinstance(tensors, Tensor):
         raise ValueError("repair: it compares rows of all models, and this method takes them one after another")
+    if not bool(weights.any()):
+        raise ValueError("repair: all weights are 0, so that no model's rows say how long the merged ones should be")
     if len(shape) < 2:
         return tensor.clone()
     width = math.prod(shape[1:])

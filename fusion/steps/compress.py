@@ -41,9 +41,19 @@ def compress(
 
 
 def check(view: "View") -> None:
-    """Raises ValueError, with the place, for parameters that the method does not have; `plan` calls it."""
+    """Raises ValueError, with the place, for parameters that the method can't take, and for a model and a base that do
+    not go together as far as they are on this machine; `plan` calls it."""
+    from fusion._compressed import check as checked
+    from fusion._merge_check import headers_here
     from fusion._method import Method
 
     method = Method.of(view.fields["method"])
-    if method.scope(method.check(view.fields["params"] or {}, 1, place=f"{view.place}.params")) == "model":
+    given = method.check(view.fields["params"] or {}, 1, place=f"{view.place}.params")
+    if method.scope(given) == "model":
         raise ValueError(f"{view.place}.params: scope is model, and task vectors are compressed tensor by tensor")
+    model, base = (headers_here(view, view.fields[name]) for name in ("model", "base"))
+    if model is not None and base is not None:
+        try:
+            checked(method, given, model, base)
+        except ValueError as error:
+            raise ValueError(f"{view.place}: {error}") from None

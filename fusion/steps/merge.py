@@ -22,12 +22,12 @@ def files(fields: Mapping[str, Any]) -> list[str]:
     return list(statistics_of(fields).values())
 
 
-def check(view: View) -> None:
+def check(view: View) -> list[str]:
     """Raises ValueError for parameters that the method can't take, and for models that do not go together as far as
-    they are on this machine; `plan` calls it."""
+    they are on this machine; else what the plan should say. `plan` calls it."""
     from fusion._merge_check import check as checked
 
-    checked(view)
+    return checked(view)
 
 
 def merge(

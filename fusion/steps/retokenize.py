@@ -79,6 +79,7 @@ def check(view: Any) -> None:
     """For planning: fields that go together, and a checkpoint whose tensors are understood."""
     from fusion import _keys, sources
     from fusion._retokenize import token_tables
+    from fusion._say import bytes_of
 
     fields = view.fields
     if fields["vocabulary"] == "model":
@@ -98,6 +99,7 @@ def check(view: Any) -> None:
     for name in ("k", "pad_to_multiple_of"):
         if fields[name] < 1:
             raise ValueError(f"{view.place}.{name}: it is {fields[name]} and must be at least 1")
+    bytes_of(fields["shard_size"], f"{view.place}.shard_size")
     name = fields["model"]
     if view.kinds.get(name) == "directory":
         token_tables(sources.header(_keys.model_directory(view.recipe, name)), f"{view.place}.model")

@@ -34,6 +34,9 @@ def test_normal_equations_are_lstsq_and_a_ridge_goes_to_the_start():
         made.solve(start, -1.0)
     with pytest.raises(ValueError, match="not finite"):
         made.update(x * torch.nan, y)
+    gram = torch.tensor([[1.0, 1.0], [1.0, 1.0 - 1e-7]]).double()  # two that are one, summed in float32
+    with pytest.raises(ValueError, match="inputs of a layer depend on each other.*larger ridge is needed; given: 0.0"):
+        Normal(gram, gram[:1], 5).solve(torch.zeros(1, 2), 0.0)
 
 
 def twins(make, seeds=(0, 1)):

@@ -62,6 +62,32 @@ def test_a_planted_copy_is_found_from_a_poor_start(task):
         torch.testing.assert_close(found[name], tensor)
 
 
+class Twice(torch.nn.Module):
+    """One layer under two names between two others."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.once, self.head = torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 3)
+        self.again = self.once
+
+    def forward(self, x):
+        return self.head(F.relu(self.again(F.relu(self.once(F.relu(self.into(x)))))))
+
+
+def test_shared_weights_are_one(task):
+    """A planted copy is found, and the gradient reaches both uses of the weights."""
+    (_, _), batches = task
+    torch.manual_seed(3)
+    target = Twice()
+    spaces, own = trace(target, batches[0][0][:3]), dict(target.state_dict())
+    assert {"once.weight", "again.weight"} <= own.keys()
+    space = next(space for space in spaces.spaces if space.size == 8)
+    poor = Maps(spaces, spaces, {space.name: Index(torch.tensor([1, 0, *range(2, 8)]))})
+    found = refine(target, own, spaces, batches, F.cross_entropy, start=poor, epochs=2)
+    for name, tensor in own.items():
+        torch.testing.assert_close(found.carry(own)[name], tensor, msg=name)
+
+
 def test_bad_input_gets_a_sentence(task):
     (target, other), batches = task
     spaces = trace(target, batches[0][0][:3])

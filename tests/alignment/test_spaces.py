@@ -1,15 +1,27 @@
 """The table of a network: its parts tile its tensors, its spaces have the sizes of its config, bad input is named."""
 
+import json
 import math
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
 from alignment import find_family
 from alignment._acts import Index, Matrix, Turn
 from alignment._groups import draw, why_not
 from alignment.spaces import GROUPS, Norm, Part, Space, Spaces
-from tests.networks import CASES, network
+from tests.networks import CASES, NETWORKS, build, network
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}{case[1]}")
+def test_a_saved_file_is_spelled_as_the_table(case, tmp_path):
+    """Names in a file may differ from the module's: GPT-NeoX's head, experts."""
+    name, config, variants = NETWORKS[case[0]]
+    build(name, getattr(transformers, config)(**variants[case[1]])).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    find_family(json.loads((tmp_path / "config.json").read_text()), tensors).check(tensors)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))

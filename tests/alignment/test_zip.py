@@ -21,6 +21,23 @@ def test_the_same_merges_as_the_loop(alpha, beta, seed):
     assert len(found.unique()) == until
 
 
+@pytest.mark.parametrize("models,size", [(3, 1), (3, 17), (4, 12), (6, 9)])
+def test_units_that_have_nothing_in_common_merge_across_networks_alone(models, size):
+    """Where the loop comes to an end with units that must not merge."""
+    similarity = torch.rand(models * size, models * size, generator=torch.Generator().manual_seed(0))
+    found = zip_units((similarity + similarity.T) / 2, [size] * models, alpha=0.5, beta=0.0)
+    assert all(own.sort().values.equal(torch.arange(size)) for own in found.split(size))
+
+
+def test_three_networks_by_hand():
+    """The loop would stop at 0 with 3, 1 with 4 and 2 with 5, units (0, 1), (2, 3) and (4, 5) being of one network."""
+    table = torch.full((6, 6), 0.1)
+    for value, (one, other) in {0.9: (0, 3), 0.8: (1, 4), 0.7: (2, 5), 0.5: (0, 5), 0.4: (2, 4)}.items():
+        table[one, other] = table[other, one] = value
+    table[3, 5] = table[5, 3] = 0.2  # 0 and 3 take 5, and what is left, 2, goes to 1 and 4
+    assert zip_units(table, [2, 2, 2], beta=0.0).tolist() == [0, 1, 1, 0, 1, 0]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_same_merges_with_ties_and_below_zero(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -75,5 +92,5 @@ def test_bad_input_gets_a_sentence():
         zip_units(eye * torch.nan, [2, 2])
     with pytest.raises(ValueError, match="not symmetric"):
         zip_units(torch.tensor([[1.0, 0.5], [0.2, 1]]), [1, 1])
-    with pytest.raises(ValueError, match="2 units are left and none of them may merge"):
+    with pytest.raises(ValueError, match="3 units are left in place of 1, and none of them may merge"):
         zip_units(eye, [2, 2], 1, alpha=0.0, beta=0.0)
