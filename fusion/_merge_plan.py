@@ -15,7 +15,7 @@ from fusion._carry import left_behind
 from fusion._deal import too_large
 from fusion._files import file_digest
 from fusion._method import Method, weighed
-from fusion._misfit import shown
+from fusion._misfit import computing_otherwise, shown
 from fusion._names import renamed
 from fusion._params import depths, layer_of
 from fusion._regions import Recipe
@@ -79,7 +79,7 @@ class Planned:
 
 def notes(plan: Planned, memory: int) -> list[str]:
     """What is no error and should be known before the merge."""
-    found = too_large(plan.recipe, plan.tasks, memory)
+    found = too_large(plan.recipe, plan.tasks, memory) + computing_otherwise(plan.inputs)
     if plan.given["tokenizer"] is None:
         found += left_behind(plan.inputs.models, *plan.inputs.target)
     return found

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
 CUT = ("num_attention_heads", "n_head", "num_heads", "num_key_value_heads", "head_dim")
+COMPUTE = (  # settings that change what the same weights compute
+    *("model_type", "hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "rotary_pct", "partial_rotary_factor", "rope_local_base_freq"),
+    *("sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+)
 SCALES = ("_scale", "_scale_inv", ".scales", ".absmax", ".qzeros", ".SCB", ".g_idx", ".quant_map", "_zero_point")
 CODES = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -206,6 +211,23 @@ def refuse_heads(inputs: Inputs) -> None:
                     f"heads, where rows of the same number do different things; only models of one architecture can "
                     f"be merged"
                 )
+
+
+def computing_otherwise(inputs: Inputs) -> list[str]:
+    """A sentence for each setting by which a model's weights compute something else than under the target's, which the
+    result has; of what both configurations name."""
+    name, target = inputs.target
+    mine = target.config.get("text_config") or target.config
+    found = []
+    for model, source in inputs.everyone.items():
+        theirs = source.config.get("text_config") or source.config
+        for key in COMPUTE:
+            if key in mine and key in theirs and mine[key] != theirs[key]:
+                found.append(
+                    f"{called(model)} has {key} {theirs[key]} and {called(name)} {mine[key]}, which the result has: "
+                    f"the weights of {called(model)} were trained for the other"
+                )
+    return found
 
 
 def refuse_dtypes(inputs: Inputs, merging: Sequence[str], wanted: torch.dtype | None) -> None:

@@ -417,6 +417,16 @@ def test_a_template_and_special_tokens_that_stay_behind_are_said(models, tmp_pat
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["eos_token_id"] == 7
 
 
+def test_settings_under_which_weights_compute_something_else_are_said(models, tmp_path, capsys):
+    for name, theta in {"base": 1e4, "same": 1e4, "long": 1e6}.items():
+        changed(models, tmp_path / name, lambda tensors: None, setting("rope_theta", theta))
+    tuned = {name: tmp_path / name for name in ("same", "long")}
+    out = merge_checkpoints("linear", tuned, tmp_path / "out", base=tmp_path / "base").path
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("'long' has rope_theta 1000000.0 and the base 10000.0, which the result has: the weights of")
+    assert json.loads((out / "config.json").read_text())["rope_theta"] == 1e4
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_bad_inputs_get_a_sentence(what, models, tmp_path):
     change, sentence = BAD[what]
