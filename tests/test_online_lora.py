@@ -125,6 +125,20 @@ def test_a_saved_run_goes_on_bit_by_bit(models, tmp_path, at):
     assert any(not torch.equal(one[n], t) for n, t in trained(plain).items())
 
 
+def test_the_best_checkpoint_brings_back_the_weights_below(models, tmp_path):
+    """Step 3 lies inside a window; the trainer itself reads the adapter alone."""
+    runs = []
+    for steps in (6, 3):
+        made = adapted(models, tmp_path / str(steps), max_steps=steps, save_strategy="steps", save_steps=3)
+        made.args.eval_strategy, made.args.eval_steps, made.args.load_best_model_at_end = "steps", 3, True
+        made.args.metric_for_best_model, made.args.greater_is_better = "eval_loss", False
+        runs.append(Trainer(made.model, made.args, train_dataset=Rows(), eval_dataset=Rows(), callbacks=[how(models)]))
+        runs[-1].train()
+    assert [run.state.best_global_step for run in runs] == [3, 3]
+    best, short = (trained(run) for run in runs)
+    assert all(torch.equal(best[name], weight) for name, weight in short.items())
+
+
 def test_a_checkpoint_of_other_windows_is_refused(models, tmp_path):
     changed = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
     adapted(models, tmp_path, how(models), **changed).train()

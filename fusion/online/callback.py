@@ -212,6 +212,8 @@ class OnlineMergeCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.handle is not None:
             self.handle.detach()
+        if self.below is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.below.load(Path(state.best_model_checkpoint), state.best_global_step)  # the trainer read the factors
         if self.below is not None and not self.below.handle.idle and state.is_world_process_zero:
             print(
                 "the weights below the adapter have changed: the result is the whole model (merge_and_unload), the "

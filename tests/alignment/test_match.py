@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alignment.match._plan import cost_of, profiles, quality, relations
+from alignment.match.clusters import clusters
 from alignment.match.emd import emd
 from alignment.match.fused_gromov import fused_gromov
 from alignment.match.gromov import gromov
@@ -14,7 +15,7 @@ from alignment.match.partial import partial
 from alignment.match.sinkhorn import sinkhorn
 from alignment.match.unbalanced import unbalanced
 
-SOFT = (emd, sinkhorn, partial, unbalanced, gromov, fused_gromov)
+SOFT = (clusters, emd, sinkhorn, partial, unbalanced, gromov, fused_gromov)
 
 
 def match(word, one: torch.Tensor, other: torch.Tensor, **params) -> torch.Tensor:
@@ -58,6 +59,17 @@ def test_emd_is_the_assignment_and_sinkhorn_goes_to_it():
     assert best - totals[2] < 1e-3 * (similarity.max() - similarity.min())
     supports = [quality(sinkhorn(similarity, epsilon=e)).effective_support for e in (0.2, 0.02, 0.002)]
     assert supports[0] > supports[1] > supports[2] and supports[2] < 1.2
+
+
+def test_clusters_by_hand():
+    """The second target unit is nobody's likest but one's match; with fewer donor units each target unit is a copy."""
+    similarity = torch.tensor([[9.0, 8.0, 1.0, 7.0], [5.0, 2.0, 0.0, 1.0], [0.0, 3.0, 4.0, 0.0]])
+    whole = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 1, 0]]).double() / 4
+    assert clusters(similarity).equal(whole)
+    wide = torch.tensor([[9.0, 1.0], [8.0, 2.0], [3.0, 4.0]])
+    assert clusters(wide).equal(torch.tensor([[1, 0], [1, 0], [0, 1]]).double() / 3)
+    with pytest.raises(ValueError, match="a similarity of units is not finite"):
+        clusters(torch.full((2, 2), torch.nan))
 
 
 def test_quality_by_hand():

@@ -100,7 +100,7 @@ TWICE = [
 ]
 
 
-@pytest.mark.parametrize("match", ["emd", "sinkhorn"])
+@pytest.mark.parametrize("match", ["clusters", "emd", "sinkhorn"])
 @pytest.mark.parametrize("case", TWICE, ids=lambda case: f"{case[0]}-{'-'.join(map(str, case[2].values()))}-{case[3]}")
 def test_a_small_network_is_found_in_its_widened_and_scrambled_copy(case, match):
     family, small, wider, folded = case
